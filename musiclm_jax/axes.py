@@ -1,0 +1,55 @@
+"""Logical axis names, the constraint that model code may place, and per-example randomness.
+
+Model code names axes; which mesh axis each one is split over is decided in `training/partition.py` alone.
+"""
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+# Parameters carry `axes=(...)` metadata with these names, None for a dimension that is never split.
+PARAMETER_AXES = ('layer', 'embed', 'mlp', 'heads', 'vocab', 'channel_in', 'channel_out', 'codebook')
+# Activations are constrained with these.
+ACTIVATION_AXES = ('batch', 'length', 'embed_activation', 'mlp_activation', 'heads_activation')
+
+_CONSTRAIN: contextvars.ContextVar[Callable[[jax.Array, tuple], jax.Array] | None] = contextvars.ContextVar(
+    'constrain', default=None)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Asks that `x` be laid out by the logical `names`, one a dimension; nothing happens outside a mesh."""
+  if len(names) != x.ndim:
+    raise ValueError(f'{len(names)} axis names {names} for an array of shape {x.shape}')
+  apply = _CONSTRAIN.get()
+  return x if apply is None else apply(x, names)
+
+
+@contextlib.contextmanager
+def constraining(apply: Callable[[jax.Array, tuple], jax.Array]) -> Iterator[None]:
+  """Installs the partitioner's constraint while a step is traced."""
+  token = _CONSTRAIN.set(apply)
+  try:
+    yield
+  finally:
+    _CONSTRAIN.reset(token)
+
+
+def example_keys(key: jax.Array, slot_B: jax.Array) -> jax.Array:
+  """One key an example, from its slot in the global batch.
+
+  All per-example randomness comes from these, so that it is the same for any number of microbatches,
+  devices and hosts.
+  """
+  return jax.vmap(lambda slot: jax.random.fold_in(key, slot))(slot_B)
+
+
+def dropout(x_Bx_: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+  """Inverted dropout with one key an example; the identity where there are no keys or the rate is 0."""
+  if keys_B is None or rate == 0.0:
+    return x_Bx_
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x_Bx_.shape[1:]))(keys_B)
+  return jnp.where(keep, x_Bx_ / (1.0 - rate), 0).astype(x_Bx_.dtype)

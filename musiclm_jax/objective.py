@@ -1,0 +1,113 @@
+"""The contract between the trainer and everything that can be trained.
+
+An objective is a frozen dataclass: a model's configuration together with its loss. It is written to
+`specs.json` beside each checkpoint and rebuilds the model from there, so no configuration language is
+needed to sample or serve.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+
+Batch = dict[str, jax.Array]  # leading axis B; always holds `slot` int32 [B], the place in the global batch
+
+
+class Aux(NamedTuple):
+  """What a loss returns beside the scalar.
+
+  Attributes:
+    metrics: scalars for the log, each a mean over the examples of the (micro)batch.
+    statistics: a pytree of sums over the examples, added over microbatches and over the mesh, then handed
+      to `Objective.update` once a step. Empty for most objectives.
+  """
+
+  metrics: dict[str, jax.Array]
+  statistics: Any = ()
+
+
+class Objective:
+  """Base of all objectives. Subclasses are frozen dataclasses and override what differs.
+
+  Class attributes:
+    mean_over_examples: whether the loss is a mean of per-example terms. If not (contrastive losses), the
+      trainer refuses to split the batch and the objective saves memory by chunking inside itself.
+    groups: names of the parameter groups, each with its own optimizer and its own gradient clipping.
+  """
+
+  mean_over_examples: bool = True
+  groups: tuple[str, ...] = ('model',)
+
+  def model(self, rngs: nnx.Rngs) -> nnx.Module:
+    """Builds the network with fresh parameters."""
+    raise NotImplementedError
+
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch, `slot` included; what `data/` must deliver."""
+    raise NotImplementedError
+
+  def loss(self, model: nnx.Module, batch: Batch, key: jax.Array, *, training: bool) -> tuple[jax.Array, Aux]:
+    """The scalar to minimise. Per-example randomness comes from `axes.example_keys(key, batch['slot'])`."""
+    raise NotImplementedError
+
+  def start(self, model: nnx.Module, batch: Batch, key: jax.Array) -> Any:
+    """Buffers (pure dict of all non-`Param` variables) after a data-dependent start on the first batch.
+
+    Called once, before step 0 of a fresh run. None keeps the buffers that `model` was built with.
+    """
+    del model, batch, key
+    return None
+
+  def update(self, buffers: Any, statistics: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    """New buffers and metrics from the statistics of one whole step."""
+    del statistics, key
+    return buffers, {}
+
+  def group(self, path: tuple[str, ...]) -> str:
+    """The group of the parameter at `path`, one of `groups`."""
+    del path
+    return self.groups[0]
+
+  def active(self) -> dict[str, bool]:
+    """Groups whose loss weight is zero are not updated at all: Adam moves on a zero gradient."""
+    return {name: True for name in self.groups}
+
+  def chance(self, batch_size: int) -> dict[str, float]:
+    """Metrics whose value at this level means that nothing was learned, for the trainer's warning."""
+    del batch_size
+    return {}
+
+  def assets(self) -> dict[str, bytes]:
+    """Files that the model needs beside its parameters (a vocabulary), stored in each checkpoint."""
+    return {}
+
+
+class Fit(Objective):
+  """An objective without gradients: statistics of frozen features, summed over a corpus (`accumulate`).
+
+  `model` builds the frozen network together with the buffers to be fitted; its parameters come from another
+  run. Features are computed once; then each phase sums `statistics` over all rows and calls `fitted` with the
+  sums, as often as the phase says.
+  """
+
+  def features(self, model: nnx.Module, batch: Batch) -> jax.Array:
+    """Rows [N, D] float32 to fit on, from one batch."""
+    raise NotImplementedError
+
+  def phases(self) -> tuple[tuple[str, int], ...]:
+    """(name, iterations) of each phase in order."""
+    raise NotImplementedError
+
+  def begin(self, buffers: Any, sample_MxD: jax.Array, phase: str, key: jax.Array) -> Any:
+    """Buffers at the start of a phase, from a uniform sample of the rows."""
+    del sample_MxD, phase, key
+    return buffers
+
+  def statistics(self, buffers: Any, rows_NxD: jax.Array, weight_N: jax.Array, phase: str) -> Any:
+    """A pytree of sums over the rows, each row counted `weight` times (0 for padding)."""
+    raise NotImplementedError
+
+  def fitted(self, buffers: Any, statistics: Any, phase: str) -> tuple[Any, dict[str, jax.Array]]:
+    """New buffers and metrics from the sums over all rows."""
+    raise NotImplementedError
