@@ -1,0 +1,391 @@
+"""The one transformer: attention, block, stack, and cached decoding.
+
+Embeddings, learned absolute positions and output heads live with the models that use them.
+
+Shapes: B batch, L or T query length, S key length, D width, H heads, K head width, F feed-forward width,
+N layers, A position axes.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from musiclm_jax import axes
+
+_NEGATIVE = -1e30  # finite, so that a row with every key masked gives a number and not NaN
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'relu': jax.nn.relu,
+    'silu': jax.nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Orthogonal choices of the block; every network of the project is one setting of them.
+
+  Attributes:
+    width, depth, heads, mlp_width: D, N, H and F.
+    head_dim: K; 0 means width / heads, and any other value need not divide the width.
+    gated: two input matrices in the feed-forward, act(x W_g) * (x W_i) (GEGLU, arXiv 2002.05202).
+    norm: "rms" (scale only) or "layer" (scale and bias); norm_first: before each sub-layer (with one more
+      at the end of the stack) or after each residual sum, as BERT has it.
+    positions: "rotary" (arXiv 2104.09864), "t5" (one relative bias table shared by all layers,
+      arXiv 1910.10683) or "none".
+    relative_buckets, relative_max_distance: of the T5 bias. T5's 128 positions are 0.64 s of coarse tokens;
+      set it to the crop.
+    attention_block: queries a block; 0 computes all logits at once. Blocks keep memory linear in length
+      and skip the keys that causality hides.
+    remat: recompute each layer's activations in the backward pass.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  mlp_width: int
+  head_dim: int = 0
+  gated: bool = True
+  activation: str = 'gelu'
+  norm: str = 'rms'
+  norm_epsilon: float = 1e-6
+  norm_first: bool = True
+  bias: bool = False
+  causal: bool = True
+  positions: str = 'rotary'
+  relative_buckets: int = 32
+  relative_max_distance: int = 128
+  dropout: float = 0.0
+  remat: bool = False
+  attention_block: int = 0
+
+  def __post_init__(self):
+    if self.positions not in ('rotary', 't5', 'none'):
+      raise ValueError(f'positions must be "rotary", "t5" or "none", found {self.positions!r}')
+    if self.norm not in ('rms', 'layer'):
+      raise ValueError(f'norm must be "rms" or "layer", found {self.norm!r}')
+    if self.activation not in ACTIVATIONS:
+      raise ValueError(f'activation must be one of {sorted(ACTIVATIONS)}, found {self.activation!r}')
+    if not self.head_dim and self.width % self.heads:
+      raise ValueError(f'width {self.width} is not a multiple of {self.heads} heads; set head_dim')
+
+  @property
+  def head_width(self) -> int:
+    return self.head_dim or self.width // self.heads
+
+
+class Linear(nnx.Module):
+  """y = x W + b, with W ~ N(0, scale^2 / in_width)."""
+
+  def __init__(self, in_width: int, out_width: int, *, axes: tuple = ('embed', 'mlp'), bias: bool = False,
+               scale: float = 1.0, rngs: nnx.Rngs):
+    w = jax.random.normal(rngs.params(), (in_width, out_width)) * (scale / math.sqrt(in_width))
+    self.w = nnx.Param(w, axes=axes)
+    self.b = nnx.Param(jnp.zeros((out_width,)), axes=(None,)) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x @ self.w[...].astype(x.dtype)
+    return y if self.b is None else y + self.b[...].astype(x.dtype)
+
+
+class Norm(nnx.Module):
+  """Layer or root-mean-square normalisation over the last axis, its statistics in float32."""
+
+  def __init__(self, width: int, *, kind: str = 'rms', epsilon: float = 1e-6):
+    self.epsilon = epsilon
+    self.scale = nnx.Param(jnp.ones((width,)), axes=(None,))
+    self.bias = nnx.Param(jnp.zeros((width,)), axes=(None,)) if kind == 'layer' else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    if self.bias is not None:
+      y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+    y = y * self.scale[...].astype(jnp.float32)
+    if self.bias is not None:
+      y = y + self.bias[...].astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+  """A table of rows, looked up by integer id."""
+
+  def __init__(self, rows: int, width: int, *, axes: tuple = ('vocab', 'embed'), scale: float = 0.02,
+               rngs: nnx.Rngs):
+    self.table = nnx.Param(jax.random.normal(rngs.params(), (rows, width)) * scale, axes=axes)
+
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    return jnp.take(self.table[...], ids, axis=0)
+
+
+class Layers(nnx.Module):
+  """`depth` modules of one kind with their variables stacked on a leading axis, run by one scan.
+
+  Compile time does not grow with the depth, and each variable's `axes` gain a leading "layer".
+  """
+
+  def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs, remat: bool = False):
+    self.depth, self.remat = depth, remat
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    stacked = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(jax.random.split(rngs.params(), depth))
+    for _, variable in nnx.to_flat_state(stacked):
+      variable.set_metadata(axes=('layer', *variable.axes))
+    self.stack = nnx.merge(graphdef, stacked)
+
+  def scan(self, f: Callable[..., tuple[Any, Any]], x: Any, *xs: Any) -> tuple[Any, Any]:
+    """x, y_i = f(layer_i, x, *xs_i) for each layer in turn; returns the last x and the stacked y."""
+    graphdef, state = nnx.split(self.stack)
+
+    def body(x, inputs):
+      layer_state, *rest = inputs
+      return f(nnx.merge(graphdef, layer_state), x, *rest)
+
+    return jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, (state, *xs))
+
+
+def rotate(x_BxTxHxK: jax.Array, positions_AxT: jax.Array, *, base: float = 10_000.0) -> jax.Array:
+  """Rotary embedding; the head's width is shared equally among the A position axes.
+
+  With A = 2 one half of each head sees the place in the sequence and the other the moment in the music, so
+  tokens of streams with different rates that sound at the same time are neighbours.
+  `positions` may be [A, T] or [A, B, T].
+  """
+  num_axes = positions_AxT.shape[0]
+  width = x_BxTxHxK.shape[-1] // num_axes // 2 * 2
+  pieces = []
+  for axis in range(num_axes):
+    part = x_BxTxHxK[..., axis * width:(axis + 1) * width].astype(jnp.float32)
+    frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = positions_AxT[axis].astype(jnp.float32)[..., None] * frequencies
+    angle = angle.reshape((-1, angle.shape[-2], 1, width // 2))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = part[..., :width // 2], part[..., width // 2:]
+    pieces.append(jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1))
+  pieces.append(x_BxTxHxK[..., num_axes * width:].astype(jnp.float32))
+  return jnp.concatenate(pieces, axis=-1).astype(x_BxTxHxK.dtype)
+
+
+def relative_bucket(distance: jax.Array, *, causal: bool, buckets: int, max_distance: int) -> jax.Array:
+  """T5's bucket of (key position - query position): exact when near, logarithmic when far.
+
+  Source: arXiv 1910.10683, section 2.1, with the sign convention of the published model.
+  """
+  bucket = jnp.zeros_like(distance)
+  if causal:
+    distance = -jnp.minimum(distance, 0)
+  else:
+    buckets //= 2
+    bucket = jnp.where(distance > 0, buckets, 0)
+    distance = jnp.abs(distance)
+  exact = buckets // 2
+  ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+  far = exact + (ratio * (buckets - exact)).astype(jnp.int32)
+  return bucket + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+
+
+def _attend(q, k, v, mask, bias):
+  logits = jnp.einsum('BTHK,BSHK->BHTS', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+  if bias is not None:
+    logits = logits + bias.astype(jnp.float32)
+  if mask is not None:
+    logits = jnp.where(mask, logits, _NEGATIVE)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  return jnp.einsum('BHTS,BSHK->BTHK', weights, v)
+
+
+def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, *, mask: jax.Array | None = None,
+              bias: jax.Array | None = None, causal: bool = False, block: int = 0) -> jax.Array:
+  """Softmax attention, softmax in float32, logits scaled by 1/sqrt(K). Returns [B, T, H, K].
+
+  Args:
+    mask: bool, broadcastable to [B, H, T, S]; True where a query may look.
+    bias: added to the logits, broadcastable to [B, H, T, S].
+    causal: query t sees keys 0 to t + S - T only.
+    block: queries a block, each recomputed in the backward pass; 0 for one block.
+  """
+  T, S = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1]
+  block = block or T
+
+  def part(array, first, last, keys):
+    """Rows [first, last) and keys [0, keys) of a mask or bias, broadcast axes left alone."""
+    if array is None:
+      return None
+    rows = array if array.shape[-2] == 1 else array[..., first:last, :]
+    return rows if rows.shape[-1] == 1 else rows[..., :keys]
+
+  outputs = []
+  for first in range(0, T, block):
+    last = min(first + block, T)
+    keys = min(S, last + S - T) if causal else S
+    allowed = part(mask, first, last, keys)
+    if causal:
+      seen = jnp.arange(keys)[None, :] <= jnp.arange(first, last)[:, None] + (S - T)
+      allowed = seen if allowed is None else allowed & seen
+    run = _attend if last - first == T else jax.checkpoint(_attend)
+    outputs.append(run(q_BxTxHxK[:, first:last], k_BxSxHxK[:, :keys], v_BxSxHxK[:, :keys], allowed,
+                       part(bias, first, last, keys)))
+  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+class Cache(NamedTuple):
+  """Keys and values of the positions seen so far, and how many those are. An explicit pytree."""
+
+  k_NxBxSxHxK: jax.Array
+  v_NxBxSxHxK: jax.Array
+  filled: jax.Array  # int32 scalar
+
+
+class Attention(nnx.Module):
+  """Multi-head self-attention with its four projections."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    c, inner = config, config.heads * config.head_width
+    self.config = c
+    self.q = Linear(c.width, inner, axes=('embed', 'heads'), bias=c.bias, rngs=rngs)
+    self.k = Linear(c.width, inner, axes=('embed', 'heads'), bias=c.bias, rngs=rngs)
+    self.v = Linear(c.width, inner, axes=('embed', 'heads'), bias=c.bias, rngs=rngs)
+    self.out = Linear(inner, c.width, axes=('heads', 'embed'), bias=c.bias, scale=1 / math.sqrt(2 * c.depth),
+                      rngs=rngs)
+
+  def project(self, x_BxTxD: jax.Array, positions_AxT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values [B, T, H, K], rotated where the positions are rotary."""
+    shape = (*x_BxTxD.shape[:-1], self.config.heads, self.config.head_width)
+    q, k, v = (linear(x_BxTxD).reshape(shape) for linear in (self.q, self.k, self.v))
+    if self.config.positions == 'rotary':
+      q, k = rotate(q, positions_AxT), rotate(k, positions_AxT)
+    return q, k, v
+
+  def merge(self, y_BxTxHxK: jax.Array) -> jax.Array:
+    return self.out(y_BxTxHxK.reshape((*y_BxTxHxK.shape[:2], -1)))
+
+
+class FeedForward(nnx.Module):
+  """act(x W_in) W_out, or act(x W_gate) * (x W_in) W_out."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    c = config
+    self.activation = c.activation
+    self.wi = Linear(c.width, c.mlp_width, bias=c.bias, rngs=rngs)
+    self.gate = Linear(c.width, c.mlp_width, bias=c.bias, rngs=rngs) if c.gated else None
+    self.wo = Linear(c.mlp_width, c.width, axes=('mlp', 'embed'), bias=c.bias, scale=1 / math.sqrt(2 * c.depth),
+                     rngs=rngs)
+
+  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    act = ACTIVATIONS[self.activation]
+    h = act(self.wi(x_BxTxD)) if self.gate is None else act(self.gate(x_BxTxD)) * self.wi(x_BxTxD)
+    return self.wo(h)
+
+
+class Block(nnx.Module):
+  """Self-attention and feed-forward, each with its norm and residual sum."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    c = config
+    self.config = c
+    self.attention = Attention(c, rngs=rngs)
+    self.feed_forward = FeedForward(c, rngs=rngs)
+    self.attention_norm = Norm(c.width, kind=c.norm, epsilon=c.norm_epsilon)
+    self.feed_forward_norm = Norm(c.width, kind=c.norm, epsilon=c.norm_epsilon)
+
+  def _residual(self, x, norm, sublayer, keys_B, which):
+    """One residual sum; `which` keeps the dropout masks of the two sub-layers apart."""
+    y = sublayer(norm(x) if self.config.norm_first else x)
+    if keys_B is not None:
+      y = axes.dropout(y, self.config.dropout, jax.vmap(lambda key: jax.random.fold_in(key, which))(keys_B))
+    return x + y if self.config.norm_first else norm(x + y)
+
+  def __call__(self, x_BxTxD, positions_AxT, *, mask=None, bias=None, keys_B=None) -> jax.Array:
+    c = self.config
+
+    def attend(h):
+      q, k, v = self.attention.project(h, positions_AxT)
+      y = attention(q, k, v, mask=mask, bias=bias, causal=c.causal, block=c.attention_block)
+      return self.attention.merge(y)
+
+    x = self._residual(x_BxTxD, self.attention_norm, attend, keys_B, 0)
+    x = self._residual(x, self.feed_forward_norm, self.feed_forward, keys_B, 1)
+    return axes.constrain(x, 'batch', 'length', 'embed_activation')
+
+  def extend(self, x_BxTxD, positions_AxT, k_cache, v_cache, start, *, mask, bias):
+    """The same block for T new positions from `start` on; returns x and the caches with them written in."""
+
+    def attend(h):
+      nonlocal k_cache, v_cache
+      q, k, v = self.attention.project(h, positions_AxT)
+      k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k.astype(k_cache.dtype), start, axis=1)
+      v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v.astype(v_cache.dtype), start, axis=1)
+      return self.attention.merge(attention(q, k_cache, v_cache, mask=mask, bias=bias))
+
+    x = self._residual(x_BxTxD, self.attention_norm, attend, None, 0)
+    return self._residual(x, self.feed_forward_norm, self.feed_forward, None, 1), k_cache, v_cache
+
+
+class Transformer(nnx.Module):
+  """A stack of blocks; with norms first, one more norm at the end."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    c = config
+    self.config = c
+    self.layers = Layers(lambda r: Block(c, rngs=r), c.depth, rngs=rngs, remat=c.remat)
+    self.final_norm = Norm(c.width, kind=c.norm, epsilon=c.norm_epsilon) if c.norm_first else None
+    table = jax.random.normal(rngs.params(), (c.relative_buckets, c.heads)) / math.sqrt(c.width)
+    self.relative = nnx.Param(table, axes=(None, 'heads')) if c.positions == 't5' else None
+
+  def _bias(self, query_T: jax.Array, key_S: jax.Array) -> jax.Array | None:
+    """T5 bias [1, H, T, S] from places in the sequence, or None."""
+    if self.relative is None:
+      return None
+    bucket = relative_bucket(key_S[None, :] - query_T[:, None], causal=self.config.causal,
+                             buckets=self.config.relative_buckets, max_distance=self.config.relative_max_distance)
+    return jnp.take(self.relative[...], bucket, axis=0).transpose(2, 0, 1)[None]
+
+  def __call__(self, x_BxLxD: jax.Array, *, valid_BxL: jax.Array | None = None,
+               positions_AxL: jax.Array | None = None, keys_B: jax.Array | None = None) -> jax.Array:
+    """Full pass. `valid` marks the keys that may be looked at; `keys_B` turn dropout on."""
+    length = x_BxLxD.shape[1]
+    place_L = jnp.arange(length)
+    positions = place_L[None] if positions_AxL is None else positions_AxL
+    mask = None if valid_BxL is None else valid_BxL[:, None, None, :]
+    bias = self._bias(place_L, place_L)
+
+    def layer(block, x, index):
+      keys = None if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys_B)
+      return block(x, positions, mask=mask, bias=bias, keys_B=keys), ()
+
+    x, _ = self.layers.scan(layer, x_BxLxD, jnp.arange(self.config.depth))
+    return x if self.final_norm is None else self.final_norm(x)
+
+  def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `length` positions."""
+    shape = (self.config.depth, batch, length, self.config.heads, self.config.head_width)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+
+  def extend(self, x_BxTxD: jax.Array, cache: Cache, *, positions_AxL: jax.Array | None = None
+             ) -> tuple[jax.Array, Cache]:
+    """The next T positions: prefill with many, decode with one. Equals the full causal pass.
+
+    `positions_AxL` covers the cache's whole length; the slice in use is taken here.
+    """
+    if not self.config.causal:
+      raise ValueError('only a causal transformer can be extended')
+    length, new = cache.k_NxBxSxHxK.shape[2], x_BxTxD.shape[1]
+    place_L = jnp.arange(length)
+    positions = place_L[None] if positions_AxL is None else positions_AxL
+    now = jax.lax.dynamic_slice_in_dim(positions, cache.filled, new, axis=1)
+    place_T = cache.filled + jnp.arange(new)
+    mask = (place_L[None, :] <= place_T[:, None])[None, None]
+    bias = self._bias(place_T, place_L)
+
+    def layer(block, x, k_cache, v_cache):
+      x, k_cache, v_cache = block.extend(x, now, k_cache, v_cache, cache.filled, mask=mask, bias=bias)
+      return x, (k_cache, v_cache)
+
+    x, (k, v) = self.layers.scan(layer, x_BxTxD, cache.k_NxBxSxHxK, cache.v_NxBxSxHxK)
+    x = x if self.final_norm is None else self.final_norm(x)
+    return x, Cache(k, v, cache.filled + new)

@@ -1,0 +1,113 @@
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from musiclm_jax.nn import quantize
+from musiclm_jax.nn.quantize import ResidualQuantizer
+
+Q, K, D = 4, 8, 5
+
+
+@pytest.fixture
+def x_BxTxD():
+  return jax.random.normal(jax.random.key(1), (6, 20, D))
+
+
+@pytest.fixture
+def fitted(x_BxTxD) -> ResidualQuantizer:
+  graphdef, _ = nnx.split(ResidualQuantizer(Q, K, D, rngs=nnx.Rngs(0)))
+  return nnx.merge(graphdef, quantize.kmeans_start(x_BxTxD.reshape(-1, D), Q, K, jax.random.key(0)))
+
+
+def buffers_of(quantizer) -> dict:
+  return nnx.to_pure_dict(nnx.state(quantizer))
+
+
+def test_decoding_the_indices_gives_the_quantized_values(fitted, x_BxTxD):
+  out = fitted.quantize(x_BxTxD)
+  np.testing.assert_allclose(fitted.decode(out.indices_BxTxQ), out.values_BxTxD, atol=1e-6)
+  np.testing.assert_array_equal(fitted.encode(x_BxTxD), out.indices_BxTxQ)
+
+
+@pytest.mark.parametrize('levels', range(1, Q + 1))
+def test_fewer_levels_are_a_prefix(fitted, x_BxTxD, levels):
+  full = fitted.encode(x_BxTxD)
+  np.testing.assert_array_equal(fitted.encode(x_BxTxD, levels), full[..., :levels])
+  dropped = fitted.quantize(x_BxTxD, levels_B=jnp.full((6,), levels))
+  np.testing.assert_array_equal(dropped.indices_BxTxQ[..., :levels], full[..., :levels])
+  np.testing.assert_allclose(dropped.values_BxTxD, fitted.decode(full[..., :levels]), atol=1e-6)
+
+
+def test_each_level_of_a_fitted_codebook_lowers_the_error(fitted, x_BxTxD):
+  indices = fitted.encode(x_BxTxD)
+  errors = [float(jnp.mean(jnp.square(x_BxTxD - fitted.decode(indices[..., :q])))) for q in range(1, Q + 1)]
+  assert all(a > b for a, b in zip(errors, errors[1:]))
+
+
+def test_as_many_codes_as_points_leave_no_error():
+  points = jax.random.normal(jax.random.key(2), (K, D))
+  rows = jnp.tile(points, (5, 1))
+  buffers = quantize.kmeans_start(rows, 1, K, jax.random.key(0))
+  index = quantize.nearest(rows, buffers['codebook'][0])
+  np.testing.assert_allclose(buffers['codebook'][0][index], rows, atol=1e-5)
+
+
+def test_inertia_is_that_of_scikit_learn():
+  sklearn_cluster = pytest.importorskip('sklearn.cluster')
+  centres = jax.random.normal(jax.random.key(0), (16, 8)) * 3
+  rows = np.asarray(centres[jax.random.randint(jax.random.key(1), (4000,), 0, 16)]
+                    + jax.random.normal(jax.random.key(2), (4000, 8)))
+  ours = quantize.kmeans_start(jnp.asarray(rows), 1, 16, jax.random.key(3), iterations=30)['codebook'][0]
+  distance = np.min(np.sum(np.square(rows[:, None] - np.asarray(ours)), axis=-1), axis=-1)
+  theirs = sklearn_cluster.KMeans(16, n_init=3, random_state=0).fit(rows).inertia_
+  assert distance.sum() <= 1.05 * theirs
+
+
+def test_moving_average_is_the_formula(fitted, x_BxTxD):
+  old = buffers_of(fitted)
+  out = fitted.quantize(x_BxTxD, slot_B=jnp.arange(6), batch_size=6, key=jax.random.key(4))
+  new, metrics = quantize.ema_update(old, out.statistics, decay=0.9, dead_code_share=0.0)
+  index = np.asarray(out.indices_BxTxQ[..., 0]).reshape(-1)
+  count = np.bincount(index, minlength=K)
+  np.testing.assert_allclose(new['count'][0], 0.9 * old['count'][0] + 0.1 * count, rtol=1e-5)
+  total = np.zeros((K, D))
+  np.add.at(total, index, np.asarray(x_BxTxD).reshape(-1, D))
+  expected = (0.9 * old['sum'][0] + 0.1 * total) / new['count'][0][:, None]
+  np.testing.assert_allclose(new['codebook'][0], expected, atol=1e-5)
+  assert np.all(np.asarray(metrics['restarts']) == 0)
+
+
+def test_dead_codes_become_residuals_of_their_level(fitted, x_BxTxD):
+  old = buffers_of(fitted)
+  old['count'] = old['count'].at[1, 3].set(1e-4)
+  old['codebook'] = old['codebook'].at[1, 3].set(100.0)
+  old['sum'] = old['codebook'] * old['count'][..., None]
+  graphdef, _ = nnx.split(fitted)
+  out = nnx.merge(graphdef, old).quantize(x_BxTxD, slot_B=jnp.arange(6), batch_size=6, key=jax.random.key(4))
+  new, metrics = quantize.ema_update(old, out.statistics)
+  first = old['codebook'][0][out.indices_BxTxQ[..., 0]]
+  residuals = np.asarray(x_BxTxD - first).reshape(-1, D)
+  distance = np.abs(residuals - np.asarray(new['codebook'][1, 3])).sum(-1)
+  assert distance.min() < 1e-4
+  np.testing.assert_allclose(metrics['restarts'], [0, 1 / K, 0, 0])
+  np.testing.assert_allclose(new['count'][1, 3], np.mean(0.99 * old['count'][1] + 0.01 * out.statistics['count'][1]), rtol=1e-5)
+
+
+def test_statistics_of_parts_add_up_to_those_of_the_whole(fitted, x_BxTxD):
+  levels = jnp.array([1, 2, 3, 4, 2, 1])
+  whole = fitted.quantize(x_BxTxD, levels_B=levels, slot_B=jnp.arange(6), batch_size=6, key=jax.random.key(4))
+  parts = [fitted.quantize(x_BxTxD[i::2], levels_B=levels[i::2], slot_B=jnp.arange(6)[i::2], batch_size=6,
+                           key=jax.random.key(4)).statistics for i in range(2)]
+  jax.tree.map(lambda w, a, b: np.testing.assert_allclose(w, a + b, atol=1e-5), whole.statistics, *parts)
+
+
+def test_commitment_pulls_the_input_to_its_codes(fitted, x_BxTxD):
+  gradient = jax.grad(lambda x: fitted.quantize(x, levels_B=jnp.ones((6,), int)).commitment_B.sum())(x_BxTxD)
+  code = fitted.decode(fitted.encode(x_BxTxD, 1))
+  np.testing.assert_allclose(gradient, 2 * (x_BxTxD - code) / (20 * D), atol=1e-5)
+
+
+def test_perplexity_known_answers():
+  np.testing.assert_allclose(quantize.perplexity(jnp.array([[1., 1, 1, 1], [4, 0, 0, 0], [1, 1, 0, 0]])), [4, 1, 2], rtol=1e-5)
