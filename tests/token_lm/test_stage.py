@@ -1,0 +1,137 @@
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from musiclm_jax.nn.transformer import TransformerConfig
+from musiclm_jax.specs import Stage, TokenSpec
+from musiclm_jax.token_lm import sample as sampling
+from musiclm_jax.token_lm.objective import NextToken
+from musiclm_jax.token_lm.sample import Sampling, sample
+from musiclm_jax.token_lm.sequence import build, codes
+
+MULAN, SEMANTIC = TokenSpec('mulan', 16, 3), TokenSpec('semantic', 16, 1, 25)
+ACOUSTIC = TokenSpec('acoustic', 16, 6, 50)
+COARSE, FINE = ACOUSTIC.part('coarse', 0, 2), ACOUSTIC.part('fine', 2, 4)
+STAGES = {'semantic': Stage('semantic', (MULAN,), SEMANTIC, 0.4), 'coarse': Stage('coarse', (MULAN, SEMANTIC), COARSE, 0.2),
+          'fine': Stage('fine', (COARSE,), FINE, 0.12)}
+NET = TransformerConfig(width=32, depth=2, heads=2, mlp_width=48, dropout=0.1)
+
+
+def objective_of(name: str, **changes) -> NextToken:
+  return NextToken(STAGES[name], dataclasses.replace(NET, **changes))
+
+
+def batch_of(stage: Stage, size: int = 4) -> dict[str, jax.Array]:
+  shape = lambda spec: (size, spec.frames(stage.seconds), spec.levels)
+  streams = {s.feature: jax.random.randint(jax.random.key(i), shape(s), 0, 16)
+             for i, s in enumerate((MULAN, SEMANTIC, ACOUSTIC))}
+  return {**streams, 'slot': jnp.arange(size)}
+
+
+@pytest.mark.parametrize('positions', ['rotary', 't5'])
+@pytest.mark.parametrize('name', STAGES)
+def test_greedy_cached_sampling_is_the_full_pass(name, positions):
+  objective = objective_of(name, positions=positions)
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  keys = jax.random.split(jax.random.key(0), 4)
+  found = sample(model, objective.layout, batch, keys, Sampling(0.0))
+  logits = model.target_logits(build(objective.layout, batch, found), objective.layout)
+  np.testing.assert_array_equal(found, jnp.argmax(logits, axis=-1))
+  continued = sample(model, objective.layout, batch, keys, Sampling(0.0), prefix_BxFxQ=found[:, :3])
+  np.testing.assert_array_equal(continued, found)
+
+
+def test_a_draw_does_not_depend_on_its_batch():
+  objective = objective_of('coarse')
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  keys = jax.random.split(jax.random.key(0), 4)
+  whole = sample(model, objective.layout, batch, keys, Sampling(1.0))
+  part = sample(model, objective.layout, {k: v[2:] for k, v in batch.items()}, keys[2:], Sampling(1.0))
+  np.testing.assert_array_equal(whole[2:], part)
+  assert not np.array_equal(whole, sample(model, objective.layout, batch, keys[::-1], Sampling(1.0)))
+
+
+def test_guidance_zero_ignores_the_condition_and_one_is_plain():
+  objective = objective_of('semantic')
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  other = {**batch, 'mulan': (batch['mulan'] + 5) % 16}
+  keys = jax.random.split(jax.random.key(0), 4)
+  run = lambda streams, guidance: sample(model, objective.layout, streams, keys, Sampling(1.0, guidance=guidance))
+  np.testing.assert_array_equal(run(batch, 0.0), run(other, 0.0))
+  np.testing.assert_array_equal(run(batch, 1.0 + 1e-7), run(batch, 1.0))
+  nothing = sample(model, objective.layout, batch, keys, Sampling(1.0), keep={'mulan': jnp.zeros((4,), int)})
+  np.testing.assert_array_equal(nothing, run(batch, 0.0))
+
+
+def test_new_numbers_do_not_compile_again():
+  objective = objective_of('semantic')
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  keys = jax.random.split(jax.random.key(0), 4)
+  sample(model, objective.layout, batch, keys, Sampling(1.0))
+  before = sampling._sample._cache_size()
+  sample(model, objective.layout, {**batch, 'mulan': batch['mulan'][::-1]}, keys[::-1], Sampling(0.3, top_k=4, top_p=0.5))
+  assert sampling._sample._cache_size() == before
+
+
+def test_truncated_draws():
+  logits = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
+  keys = jax.random.split(jax.random.key(0), 400)
+  def support(**changes):
+    s = Sampling(**changes)
+    draws = sampling.draw(jnp.tile(logits, (400, 1)), keys, jnp.float32(s.temperature), jnp.int32(s.top_k), jnp.float32(s.top_p))
+    return set(draws.tolist())
+  assert support() == {0, 1, 2, 3}
+  assert support(top_k=2) == {0, 1}
+  assert support(top_p=0.6) == {0, 1}
+  assert support(top_p=0.01) == {0}
+  assert support(temperature=0.0) == {0}
+
+
+@pytest.mark.parametrize('bad', [{'temperature': float('nan')}, {'temperature': -1}, {'top_p': 0}, {'top_k': -1}])
+def test_impossible_sampling_is_refused(bad):
+  with pytest.raises(ValueError, match='sampling needs'):
+    Sampling(**bad)
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_loss_is_that_of_the_target_alone(name):
+  objective = objective_of(name)
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  nats = objective.token_nats(model, batch)
+  assert nats.shape == codes(batch, objective.stage.target).shape
+  # A fresh model is near the uniform distribution over one codebook, never over the whole vocabulary.
+  assert float(nats.mean()) == pytest.approx(np.log(16), abs=0.1)
+
+
+def test_every_target_token_is_predicted_without_seeing_itself_or_later_ones():
+  objective = objective_of('coarse')
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  base = objective.token_nats(model, batch)
+  changed = objective.token_nats(model, {**batch, 'acoustic': batch['acoustic'].at[:, 5, 1].add(1) % 16})
+  same = np.isclose(base, changed, atol=1e-5)
+  flat = same.reshape(4, -1)
+  assert flat[:, :11].all() and not flat[:, 11].all()
+  assert not flat[:, 12:].all(axis=1).any()
+
+
+@pytest.mark.parametrize('stream', ['mulan', 'semantic'])
+def test_conditions_are_used_and_can_be_dropped(stream):
+  objective = objective_of('coarse')
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  other = {**batch, stream: (batch[stream] + 3) % 16}
+  assert not np.allclose(objective.token_nats(model, batch), objective.token_nats(model, other), atol=1e-5)
+  keep = {stream: jnp.zeros((4,), int)}
+  np.testing.assert_allclose(objective.token_nats(model, batch, keep=keep), objective.token_nats(model, other, keep=keep), atol=1e-6)
+
+
+def test_training_truncates_and_drops_conditions_at_the_stated_rates():
+  objective = dataclasses.replace(objective_of('coarse'), condition_dropout=0.25)
+  shown = objective._shown_levels(jax.random.split(jax.random.key(0), 4000))
+  mulan, semantic = np.asarray(shown['mulan']), np.asarray(shown['semantic'])
+  assert set(mulan) == {0, 1, 2, 3} and set(semantic) == {0, 1}
+  assert np.mean(mulan == 0) == pytest.approx(0.25, abs=0.03) and np.mean(semantic == 0) == pytest.approx(0.25, abs=0.03)
+  assert np.mean(mulan == 2) == pytest.approx(0.25, abs=0.03)
