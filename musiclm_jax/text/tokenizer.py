@@ -1,0 +1,134 @@
+"""Text tokenizer without TensorFlow: a SentencePiece model (arXiv 1808.06226) with a fixed padding id.
+
+Legend: B batch, L length.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+import functools
+import hashlib
+import io
+import os
+import pathlib
+
+import numpy as np
+import sentencepiece
+
+PAD_ID = 0
+_BUILTIN = pathlib.Path(__file__).with_name('english.model')
+
+
+class Tokenizer:
+  """Ids of a SentencePiece model; id 0 is padding and never stands for text.
+
+  Normalisation (NFKC and lower case, for models that `train` made) is part of the model, and unknown
+  characters become bytes, so no text is lost. Two tokenizers are equal when their models are the same bytes.
+
+  Attributes:
+    model_bytes: the serialised model; `Tokenizer(model_bytes)` gives the same tokenizer back.
+  """
+
+  def __init__(self, model_bytes: bytes):
+    """Raises ValueError where the bytes are no SentencePiece model or its padding id is not 0."""
+    self.model_bytes = bytes(model_bytes)
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+      pad, size = self._processor.pad_id(), self._processor.vocab_size()
+    except RuntimeError:
+      pad, size = None, 0
+    if not size:
+      raise ValueError(f'{len(self.model_bytes)} bytes are no SentencePiece model')
+    if pad != PAD_ID:
+      raise ValueError(
+          f'this SentencePiece model has padding id {pad}, not {PAD_ID}: train it with pad_id={PAD_ID}')
+
+  @classmethod
+  def builtin(cls) -> Tokenizer:
+    """The vocabulary that comes with the package: English words of music."""
+    return cls(_builtin_bytes())
+
+  @classmethod
+  def from_file(cls, path: str | os.PathLike) -> Tokenizer:
+    """Reads a `.model` file. Raises FileNotFoundError, or ValueError for a file of another kind."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+      raise FileNotFoundError(f'no vocabulary file {path}')
+    try:
+      return cls(path.read_bytes())
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from None
+
+  @classmethod
+  def train(cls, sentences: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A unigram model of at most `vocab_size` pieces, 258 of which are padding, unknown and the bytes.
+
+    The same sentences in the same order give the same bytes. Raises ValueError where there are no sentences
+    or `vocab_size` has no room for the bytes and the characters of the text.
+    """
+    sentences = [sentence for sentence in sentences if sentence.strip()]
+    if not sentences:
+      raise ValueError('a vocabulary needs at least one sentence to train on')
+    model = io.BytesIO()
+    try:
+      sentencepiece.SentencePieceTrainer.train(
+          sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size, model_type='unigram',
+          byte_fallback=True, hard_vocab_limit=False, character_coverage=1.0, num_threads=1,
+          split_digits=True, shuffle_input_sentence=False, normalization_rule_name='nmt_nfkc_cf',
+          pad_id=PAD_ID, unk_id=1, bos_id=-1, eos_id=-1, minloglevel=2)
+    except RuntimeError as error:
+      reason = str(error).rpartition('] ')[2] or str(error)
+      raise ValueError(
+          f'no vocabulary of {vocab_size} pieces from {len(sentences)} sentences: {reason}') from None
+    return cls(model.getvalue())
+
+  @property
+  def vocab_size(self) -> int:
+    """Ids lie in [0, vocab_size), padding included."""
+    return self._processor.vocab_size()
+
+  @property
+  def content_hash(self) -> str:
+    """SHA-256 of the model, in hexadecimal."""
+    return hashlib.sha256(self.model_bytes).hexdigest()
+
+  def encode(self, text: str, length: int) -> np.ndarray:
+    """Ids of `text` as int32 [length]: the first `length` tokens, then zeros.
+
+    A longer text is cut; `length_of` tells by how much. Raises ValueError for a length below 1.
+    """
+    if length < 1:
+      raise ValueError(f'encode needs length >= 1, found {length}')
+    ids = self._processor.encode(text)[:length]
+    out_L = np.full(length, PAD_ID, np.int32)
+    out_L[:len(ids)] = ids
+    return out_L
+
+  def encode_batch(self, texts: Iterable[str], length: int) -> np.ndarray:
+    """`encode` of each text, int32 [B, length]."""
+    rows = [self.encode(text, length) for text in texts]
+    return np.stack(rows) if rows else np.zeros((0, length), np.int32)
+
+  def decode(self, ids_L: Iterable[int]) -> str:
+    """The text of ids, normalised as the model does (lower case); padding is left out."""
+    return self._processor.decode([int(i) for i in ids_L if i != PAD_ID])
+
+  def length_of(self, text: str) -> int:
+    """Number of tokens of the whole text; 0 for an empty one."""
+    return len(self._processor.encode(text))
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Tokenizer) and self.model_bytes == other.model_bytes
+
+  def __hash__(self) -> int:
+    return hash(self.model_bytes)
+
+  def __reduce__(self):
+    return Tokenizer, (self.model_bytes,)
+
+  def __repr__(self) -> str:
+    return f'Tokenizer(vocab_size={self.vocab_size}, content_hash={self.content_hash[:12]})'
+
+
+@functools.cache
+def _builtin_bytes() -> bytes:
+  return _BUILTIN.read_bytes()
