@@ -1,0 +1,78 @@
+"""The map-reduce engine: sums of statistics over a corpus and a mesh, then an update, repeated.
+
+It fits what needs no gradient: feature normalisation, k-means, the residual quantizer of frozen embeddings.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from musiclm_jax.objective import Fit
+from musiclm_jax.training.partition import Partitioner
+from musiclm_jax.training.state import Skeleton
+
+SAMPLE_ROWS = 65_536  # rows that the start of a phase sees (k-means++ is sequential in the number of codes)
+
+
+def gather_features(fit: Fit, skeleton: Skeleton, params: Any, buffers: Any, batches: Iterable[dict[str, np.ndarray]],
+                    partitioner: Partitioner) -> np.ndarray:
+  """Rows [N, D] of this process: the frozen network runs once over the corpus."""
+
+  @jax.jit
+  def features(params, buffers, batch):
+    return fit.features(skeleton.model(params, buffers), batch)
+
+  rows = []
+  for batch in batches:
+    weight = batch.pop('weight', None)
+    out = features(params, buffers, partitioner.global_batch(batch))
+    shards = sorted((s for s in out.addressable_shards if s.replica_id == 0), key=lambda s: s.index[0].start or 0)
+    local = np.concatenate([np.asarray(s.data) for s in shards])
+    if weight is not None:  # rows of an example lie together; padding examples are left out
+      local = local.reshape((len(weight), -1, local.shape[-1]))[weight > 0].reshape((-1, local.shape[-1]))
+    rows.append(local)
+  return np.concatenate(rows)
+
+
+def _chunks(rows_NxD: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Static-shape chunks with weights, 0 for the padding rows of the last one."""
+  for first in range(0, len(rows_NxD), size):
+    part = rows_NxD[first:first + size]
+    weight = np.zeros((size,), np.float32)
+    weight[:len(part)] = 1
+    yield np.pad(part, ((0, size - len(part)), (0, 0))), weight
+
+
+def run(fit: Fit, buffers: Any, rows_NxD: np.ndarray, partitioner: Partitioner, key: jax.Array, *,
+        first: int = 0, chunk: int = 8192) -> Iterator[tuple[str, int, Any, dict[str, jax.Array]]]:
+  """Yields (phase, passes done, buffers, metrics) after each pass over the rows, from pass `first` on.
+
+  A phase starts from a sample that depends on the key alone, so an interrupted run continues exactly.
+  """
+  sample_generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+  picked = np.sort(sample_generator.permutation(len(rows_NxD))[:SAMPLE_ROWS])
+  sample = jnp.asarray(rows_NxD[picked])
+  data = partitioner.mesh.shape['data'] * partitioner.mesh.shape['fsdp']
+  chunk = -(-chunk // data) * data
+  done = 0
+  for number, (phase, iterations) in enumerate(fit.phases()):
+    statistics = jax.jit(lambda b, r, w, phase=phase: fit.statistics(b, r, w, phase))
+    fitted = jax.jit(lambda b, s, phase=phase: fit.fitted(b, s, phase))
+    for iteration in range(iterations):
+      done += 1
+      if done <= first:
+        continue
+      if iteration == 0:
+        buffers = jax.jit(fit.begin, static_argnames='phase')(
+            buffers, sample, phase=phase, key=jax.random.fold_in(key, number))
+      total = None
+      for rows, weight in _chunks(rows_NxD, chunk):
+        batch = partitioner.global_batch({'rows': rows, 'weight': weight})
+        part = statistics(buffers, batch['rows'], batch['weight'])
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+      buffers, metrics = fitted(buffers, total)
+      yield phase, done, buffers, metrics

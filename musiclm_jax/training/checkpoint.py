@@ -1,0 +1,231 @@
+"""Checkpoints: asynchronous saves that are whole or invisible, exact restores, and loading for use.
+
+A step directory holds the items `params`, `buffers`, `optimizer`, `ema` (Orbax trees) and `about` with
+`specs.json`: the objective as JSON, the lineage, and the files that the model needs (its assets).
+"""
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from absl import logging
+from flax import nnx
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from musiclm_jax import specs
+from musiclm_jax.objective import Objective
+from musiclm_jax.training.state import Skeleton, TrainState
+
+_ITEMS = {'params': 'params', 'buffers': 'buffers', 'optimizer': 'opt_state', 'ema': 'ema'}
+
+
+def _directory(workdir: str | os.PathLike) -> pathlib.Path:
+  return pathlib.Path(workdir).absolute() / 'checkpoints'
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Raises ValueError from `restore` where the newest checkpoint is of another architecture, naming the first
+  field that differs. A checkpoint that cannot be read is set aside with a warning and the one before is used.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, objective: Objective, *, keep: int = 2,
+               lineage: Mapping[str, str] | None = None):
+    self._directory = _directory(workdir)
+    self._objective = objective
+    self._lineage = dict(lineage or {})
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+    try:
+      self._manager = ocp.CheckpointManager(
+          self._directory, options=options,
+          item_handlers={**handlers, 'about': ocp.JsonCheckpointHandler('specs.json')})
+    except OSError as error:
+      raise ValueError(f'cannot write checkpoints under {workdir}: {error.strerror}; choose another workdir') from error
+
+  def save(self, state: TrainState) -> None:
+    """Starts saving; returns once the arrays have left the device. A failure of the save before is raised here."""
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    about = {
+        'objective': json.loads(specs.to_json(self._objective)),
+        'lineage': self._lineage,
+        'assets': {k: base64.b64encode(v).decode() for k, v in self._objective.assets().items()},
+    }
+    items = {name: ocp.args.StandardSave(tree) for name, field in _ITEMS.items()
+             if jax.tree.leaves(tree := getattr(state, field))}
+    self._manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)))
+
+  def restore(self, abstract: TrainState) -> TrainState | None:
+    """The newest readable state, laid out as `abstract` says (shapes with shardings); None for a fresh run."""
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      about = _read_about(self._directory, step)
+      if about is not None:
+        _check_same(about, self._objective, self._lineage, self._directory / str(step))
+      try:
+        if about is None:
+          raise ValueError('its specs.json cannot be read')
+        args = {name: ocp.args.StandardRestore(tree) for name, field in _ITEMS.items()
+                if jax.tree.leaves(tree := getattr(abstract, field))}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+      except Exception as error:  # Orbax raises many kinds for a torn directory; the cause is logged
+        self._set_aside(step, error)
+        continue
+      trees = {field: restored[name] if name in args else {} for name, field in _ITEMS.items()}
+      counter = jax.device_put(np.int32(step), abstract.step.sharding)
+      return TrainState(step=counter, **trees)
+    return None
+
+  def _set_aside(self, step: int, error: Exception) -> None:
+    """Moves an unreadable step away, so that a later save of the same step is not taken for done."""
+    target = self._directory.parent / 'checkpoints_unreadable'
+    target.mkdir(exist_ok=True)
+    cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+    logging.warning('checkpoint %d under %s cannot be read (%s); it is moved to %s and the one before it is used',
+                    step, self._directory, cause[:200], target)
+    place = target / str(step)
+    if place.exists():
+      shutil.rmtree(place)
+    (self._directory / str(step)).rename(place)
+    self._manager.reload()
+
+  def wait(self) -> None:
+    """Blocks until the save in flight is whole; raises what went wrong with it."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def latest_step(workdir: str | os.PathLike) -> int | None:
+  """The newest whole step, without opening anything."""
+  directory = _directory(workdir)
+  if not directory.is_dir():
+    return None
+  steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / '_CHECKPOINT_METADATA').exists()]
+  return max(steps, default=None)
+
+
+def _read_about(directory: pathlib.Path, step: int) -> dict[str, Any] | None:
+  try:
+    return json.loads((directory / str(step) / 'about' / 'specs.json').read_text())
+  except (OSError, ValueError):
+    return None
+
+
+def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[str, str], where: pathlib.Path) -> None:
+  """Refuses a checkpoint of another model or of other tokens. Fields that only shape the loss may change."""
+  for role, there in about.get('lineage', {}).items():
+    if (here := lineage.get(role, there)) != there:
+      raise ValueError(f'{where} was trained with {role} {there}, but this run has {role} {here}; '
+                       'choose another workdir')
+  saved = specs.from_json(json.dumps(about['objective']))
+  if type(saved) is not type(objective):
+    raise ValueError(f'{where} holds a {type(saved).__name__}, but this experiment is a {type(objective).__name__}; '
+                     'choose another workdir')
+  there, here = (nnx.to_pure_dict(Skeleton.of(o).params) for o in (saved, objective))
+  shapes = lambda tree: {jax.tree_util.keystr(k): v.shape for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+  if shapes(there) != shapes(here):
+    difference = specs.first_difference(saved, objective) or 'the network itself has changed'
+    raise ValueError(f'{where} is a checkpoint of another architecture: {difference} (checkpoint != experiment); '
+                     'choose another workdir or the old configuration')
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A trained model, ready to use.
+
+  Attributes:
+    objective: what it was trained with; rebuilds the model.
+    model: the module with its parameters (their moving average where one was kept).
+    params, buffers: the same as pure dicts.
+    step: where it comes from.
+    content_hash: changes whenever a parameter, a buffer or the specification does; the lineage of tokens.
+    assets, lineage: as saved.
+  """
+
+  objective: Objective
+  model: nnx.Module
+  params: Any
+  buffers: Any
+  step: int
+  content_hash: str
+  assets: dict[str, bytes]
+  lineage: dict[str, str]
+
+
+def content_hash(objective: Objective, *trees: Any) -> str:
+  """Sixteen hex digits over the specification and every array (name, dtype, shape, bytes)."""
+  digest = hashlib.sha256(specs.to_json(objective).encode())
+  for tree in trees:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      array = np.asarray(leaf)
+      digest.update(f'{jax.tree_util.keystr(path)}{array.dtype}{array.shape}'.encode())
+      digest.update(array.tobytes())
+  return digest.hexdigest()[:16]
+
+
+def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
+  """Loads the newest (or the named) checkpoint of a run for use, without its optimizer.
+
+  Raises FileNotFoundError where there is none.
+  """
+  directory = _directory(workdir)
+  step = latest_step(workdir) if step is None else step
+  if step is None or not (directory / str(step)).is_dir():
+    raise FileNotFoundError(f'no checkpoint under {directory}; train it first, or name the right workdir')
+  about = _read_about(directory, step)
+  if about is None:
+    raise ValueError(f'{directory / str(step)} has no readable specs.json; delete that step to use the one before')
+  objective = specs.from_json(json.dumps(about['objective']))
+  skeleton = Skeleton.of(objective)
+  params_item = 'ema' if (directory / str(step) / 'ema').is_dir() else 'params'
+  trees = {}
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  for item, state in ((params_item, skeleton.params), ('buffers', skeleton.buffers)):
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(state))
+    path = directory / str(step) / item
+    trees[item] = ocp.StandardCheckpointer().restore(path, abstract) if jax.tree.leaves(abstract) else {}
+  params, buffers = trees[params_item], trees['buffers']
+  assets = {k: base64.b64decode(v) for k, v in about.get('assets', {}).items()}
+  return Loaded(objective, skeleton.model(params, buffers), params, buffers, step,
+                content_hash(objective, params, buffers), assets, about.get('lineage', {}))
+
+
+def graft(tree: Any, donor: Any, *, part: str = '', into: str = '') -> Any:
+  """`tree` with the subtree at `into` replaced by the donor's subtree at `part` ("encoder/layers"; "" is all).
+
+  Raises ValueError naming the first variable that is missing or has another shape.
+  """
+  for name in filter(None, part.split('/')):
+    if name not in donor:
+      raise ValueError(f'the source checkpoint has no part {part!r}; it has {sorted(donor)}')
+    donor = donor[name]
+  if into:
+    name, _, rest = into.partition('/')
+    if name not in tree:
+      raise ValueError(f'this model has no part {into!r}; it has {sorted(tree)}')
+    return {**tree, name: graft(tree[name], donor, into=rest)}
+
+  def one(path, ours):
+    theirs = donor
+    for key in path:
+      if not isinstance(theirs, Mapping) or key.key not in theirs:
+        raise ValueError(f'the source checkpoint has no {jax.tree_util.keystr(path)}')
+      theirs = theirs[key.key]
+    if theirs.shape != ours.shape:
+      raise ValueError(f'{jax.tree_util.keystr(path)} is {theirs.shape} in the source checkpoint and {ours.shape} here')
+    return theirs
+
+  return jax.tree_util.tree_map_with_path(one, tree)

@@ -1,0 +1,120 @@
+"""Metrics of a run: one JSON line a report, a progress display, and the two alarms."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+from absl import logging
+import jax
+import numpy as np
+import rich.progress
+
+# Metrics named `x_chance` hold the value of `x` at which nothing has been learned.
+CHANCE_SUFFIX = '_chance'
+
+
+class NonFiniteLoss(RuntimeError):
+  """The loss of a step was not a finite number."""
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+  """Floats; a vector [Q] becomes x_1 .. x_Q."""
+  flat: dict[str, float] = {}
+  for name, value in metrics.items():
+    array = np.asarray(value)
+    if array.ndim == 0:
+      flat[name] = float(array)
+    else:
+      flat.update({f'{name}_{i + 1}': float(v) for i, v in enumerate(array.reshape(-1))})
+  return flat
+
+
+class MetricsWriter:
+  """Appends to <workdir>/metrics.jsonl, from process 0 only.
+
+  A resumed run first drops the lines of steps that it will take again.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, first_step: int = 0):
+    self._path = pathlib.Path(workdir) / 'metrics.jsonl'
+    self._active = jax.process_index() == 0
+    if self._active and self._path.exists():
+      kept = [line for line in read(workdir) if line['step'] <= first_step]
+      temporary = self._path.with_suffix('.partial')
+      temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+      temporary.replace(self._path)
+
+  def write(self, step: int, values: Mapping[str, float], *, part: str = 'train') -> None:
+    if self._active:
+      with self._path.open('a') as file:
+        file.write(json.dumps({'step': step, 'part': part, **values}) + '\n')
+
+
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """The lines written so far; a torn last line is left out."""
+  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  lines = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      lines.append(json.loads(line))
+    except ValueError:
+      continue
+  return lines
+
+
+def check_finite(step: int, loss: Any) -> None:
+  if not math.isfinite(float(loss)):
+    raise NonFiniteLoss(
+        f'the loss of step {step} is {float(loss)}; nothing of this step was saved. Lower the learning rate, or look '
+        f'at the batch of step {step}: it is a pure function of the seed and the step')
+
+
+class ChanceAlarm:
+  """Warns once when a metric still sits at its chance level after the warm-up."""
+
+  def __init__(self, after: int, tolerance: float = 0.01):
+    self._after, self._tolerance = after, tolerance
+    self._warned: set[str] = set()
+
+  def __call__(self, step: int, values: Mapping[str, float]) -> None:
+    for name, chance in values.items():
+      metric = name.removesuffix(CHANCE_SUFFIX)
+      if metric == name or step < self._after or metric in self._warned or metric not in values:
+        continue
+      if values[metric] > chance - self._tolerance:
+        self._warned.add(metric)
+        logging.warning('step %d: %s is %.4f, at its chance level %.4f: nothing has been learned so far',
+                        step, metric, values[metric], chance)
+
+
+class Progress:
+  """Steps a second, time left and the loss: a bar on a terminal, plain lines in a log."""
+
+  def __init__(self, title: str, first: int, total: int):
+    self._title, self._first, self._total, self._begun = title, first, total, time.monotonic()
+    self._bar = None
+    if sys.stderr.isatty() and jax.process_index() == 0:
+      columns = ('[progress.description]{task.description}', rich.progress.BarColumn(),
+                 '{task.completed}/{task.total}', rich.progress.TimeRemainingColumn(), '{task.fields[note]}')
+      self._bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
+      self._task = self._bar.add_task(title, completed=first, total=total, note='')
+      self._bar.start()
+
+  def update(self, done: int, note: str, *, report: bool) -> None:
+    rate = (done - self._first) / max(time.monotonic() - self._begun, 1e-9)
+    if self._bar is not None:
+      self._bar.update(self._task, completed=done, note=f'{rate:.1f}/s {note}')
+    elif report and jax.process_index() == 0:
+      left = (self._total - done) / max(rate, 1e-9)
+      print(f'{self._title}: {done}/{self._total}  {rate:.1f} steps/s  {left:.0f} s left  {note}',
+            file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.stop()

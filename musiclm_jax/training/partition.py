@@ -1,0 +1,145 @@
+"""The only file that knows devices: the mesh, and which logical axis is split over which mesh axis."""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from musiclm_jax import axes
+from musiclm_jax.training.state import Skeleton, TrainState
+
+MESH_AXES = ('data', 'fsdp', 'tensor', 'sequence')
+
+# Logical axis -> mesh axes. Parameters: the width of the residual stream is split over fsdp, everything that is
+# computed in parallel (heads, hidden units, vocabulary rows, codes, output channels) over tensor.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ('layer', ()),
+    ('embed', ('fsdp',)),
+    ('mlp', ('tensor',)),
+    ('heads', ('tensor',)),
+    ('vocab', ('tensor',)),
+    ('channel_in', ('fsdp',)),
+    ('channel_out', ('tensor',)),
+    ('codebook', ('tensor',)),
+    ('batch', ('data', 'fsdp')),
+    ('length', ('sequence',)),
+    ('embed_activation', ()),
+    ('mlp_activation', ('tensor',)),
+    ('heads_activation', ('tensor',)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioner:
+  """Mesh sizes and the rule table.
+
+  Attributes:
+    data, fsdp, tensor, sequence: devices along each mesh axis. 0 for `data` means all that are left.
+    rules: pairs (logical axis, mesh axes).
+  """
+
+  data: int = 0
+  fsdp: int = 1
+  tensor: int = 1
+  sequence: int = 1
+  rules: tuple[tuple[str, tuple[str, ...]], ...] = RULES
+
+  def __post_init__(self):
+    known = set(axes.PARAMETER_AXES) | set(axes.ACTIVATION_AXES)
+    seen = set()
+    for logical, mesh_axes in self.rules:
+      if logical in seen:
+        raise ValueError(f'partition rules name {logical!r} twice')
+      if logical not in known:
+        raise ValueError(f'partition rules name {logical!r}, which is not a logical axis: {sorted(known)}')
+      if unknown := set(mesh_axes) - set(MESH_AXES):
+        raise ValueError(f'partition rule {logical!r} names {sorted(unknown)}; mesh axes are {MESH_AXES}')
+      seen.add(logical)
+
+  @functools.cached_property
+  def mesh(self) -> Mesh:
+    fixed = self.fsdp * self.tensor * self.sequence
+    total = jax.device_count()
+    data = self.data or total // fixed
+    if data < 1 or data * fixed > total:
+      raise ValueError(
+          f'mesh data {data} x fsdp {self.fsdp} x tensor {self.tensor} x sequence {self.sequence} needs '
+          f'{max(data, 1) * fixed} devices, but there are {total}')
+    sizes = (data, self.fsdp, self.tensor, self.sequence)
+    if math.prod(sizes) == total:
+      return jax.make_mesh(sizes, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    devices = np.array(jax.devices()[:math.prod(sizes)]).reshape(sizes)
+    return Mesh(devices, MESH_AXES)
+
+  def _spec(self, names: tuple, shape: tuple[int, ...], what: str) -> PartitionSpec:
+    """Mesh axes of each dimension; an axis that is taken, or of size 1, is left out."""
+    table, sizes = dict(self.rules), dict(self.mesh.shape)
+    taken: set[str] = set()
+    entries = []
+    for name, length in zip(names, shape):
+      if name is not None and name not in table:
+        raise ValueError(f'{what}: no partition rule for the logical axis {name!r}')
+      mesh_axes = tuple(a for a in table.get(name, ()) if sizes[a] > 1 and a not in taken)
+      parts = math.prod(sizes[a] for a in mesh_axes)
+      if length % parts:
+        raise ValueError(
+            f'{what}: axis {name!r} has {length} entries, which {" x ".join(mesh_axes)} = {parts} does not divide; '
+            f'choose a size that is a multiple of {parts} or a smaller mesh axis')
+      taken.update(mesh_axes)
+      entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+    return PartitionSpec(*entries)
+
+  def _sharding(self, names: tuple, shape: tuple[int, ...], what: str) -> NamedSharding:
+    return NamedSharding(self.mesh, self._spec(names, shape, what))
+
+  @property
+  def replicated(self) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def state_shardings(self, skeleton: Skeleton, abstract: TrainState) -> TrainState:
+    """Shardings of a whole state. Optimizer slots follow the parameter whose path ends theirs."""
+    by_path: dict[tuple, tuple] = {}
+
+    def variables(tree, names_tree, prefix):
+      def one(path, leaf):
+        keys = tuple(str(getattr(k, 'key', k)) for k in path)
+        names = functools.reduce(lambda node, k: node[getattr(k, 'key', k)], path, names_tree)
+        sharding = self._sharding(names, leaf.shape, '/'.join(keys))
+        if prefix == 'params':
+          by_path[keys] = (leaf.shape, sharding)
+        return sharding
+      return jax.tree_util.tree_map_with_path(one, tree)
+
+    params_axes, buffers_axes = skeleton.axes()
+    params = variables(abstract.params, params_axes, 'params')
+    buffers = variables(abstract.buffers, buffers_axes, 'buffers')
+
+    def slot(path, leaf):
+      keys = tuple(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
+      for start in range(len(keys)):
+        if keys[start:] in by_path and by_path[keys[start:]][0] == leaf.shape:
+          return by_path[keys[start:]][1]
+      return self.replicated
+
+    opt_state = jax.tree_util.tree_map_with_path(slot, abstract.opt_state)
+    ema = params if abstract.ema else {}
+    return TrainState(self.replicated, params, buffers, opt_state, ema)
+
+  def constrain(self, x: jax.Array, names: tuple) -> jax.Array:
+    """What `axes.constrain` does inside a step."""
+    return jax.lax.with_sharding_constraint(x, self._sharding(names, x.shape, 'activation'))
+
+  def check_batch(self, batch_size: int) -> None:
+    parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    if batch_size % parts:
+      raise ValueError(f'batch {batch_size} is not a multiple of data x fsdp = {parts}; choose a multiple of {parts}')
+
+  def global_batch(self, local: dict[str, np.ndarray]) -> dict[str, Any]:
+    """This process's rows as its part of one global array, split over data and fsdp."""
+    sharding = NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp')))
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}

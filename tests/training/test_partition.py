@@ -1,0 +1,70 @@
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from musiclm_jax.nn.transformer import TransformerConfig
+from musiclm_jax.specs import Stage, TokenSpec
+from musiclm_jax.token_lm.objective import NextToken
+from musiclm_jax.training import optimizer as optimizers
+from musiclm_jax.training import state as states
+from musiclm_jax.training.optimizer import Adam
+from musiclm_jax.training.partition import RULES, Partitioner
+from musiclm_jax.training.state import Skeleton
+
+STAGE = Stage('semantic', (TokenSpec('mulan', 16, 3),), TokenSpec('semantic', 16, 1, 25), 0.4)
+
+
+def shardings_of(partitioner, **changes):
+  net = {'width': 32, 'depth': 2, 'heads': 4, 'mlp_width': 48, **changes}
+  objective = NextToken(STAGE, TransformerConfig(**net))
+  skeleton = Skeleton.of(objective)
+  optimizer = optimizers.by_group(objective, nnx.to_pure_dict(skeleton.params), Adam(0.1))
+  abstract = jax.eval_shape(lambda: states.create(objective, optimizer, jax.random.key(0), keep_ema=True))
+  return abstract, partitioner.state_shardings(skeleton, abstract)
+
+
+def test_no_matrix_is_whole_on_any_device_and_the_optimizer_follows():
+  abstract, shardings = shardings_of(Partitioner(data=2, fsdp=2, tensor=2))
+  leaves = lambda tree: jax.tree_util.tree_leaves_with_path(tree)
+  for (path, leaf), (_, sharding) in zip(leaves(abstract), leaves(shardings), strict=True):
+    # A stacked vector [layers, width] is no matrix.
+    if leaf.ndim >= 2 and 'norm' not in jax.tree_util.keystr(path):
+      assert not sharding.is_fully_replicated, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize('mesh, changes, words', [
+    (dict(data=1, tensor=8), {'heads': 2, 'head_dim': 6}, r"attention/.*axis 'heads' has 12 entries.*tensor = 8"),
+    (dict(data=1, fsdp=8), {'width': 36}, r"axis 'embed' has 36 entries.*fsdp = 8"),
+])
+def test_a_size_that_does_not_divide_is_named(mesh, changes, words):
+  with pytest.raises(ValueError, match=words):
+    shardings_of(Partitioner(**mesh), **changes)
+
+
+def test_a_batch_that_does_not_divide_is_named():
+  with pytest.raises(ValueError, match='batch 6 is not a multiple of data x fsdp = 4'):
+    Partitioner(data=2, fsdp=2).check_batch(6)
+
+
+def test_a_mesh_larger_than_the_machine_is_refused():
+  with pytest.raises(ValueError, match='needs 64 devices, but there are 8'):
+    Partitioner(data=8, fsdp=8).mesh  # noqa: B018
+
+
+@pytest.mark.parametrize('rules, words', [
+    ((*RULES, ('embed', ())), "'embed' twice"), ((('embedding', ()),), 'not a logical axis'),
+    ((('embed', ('model',)),), "'model'")])
+def test_wrong_rules_are_refused(rules, words):
+  with pytest.raises(ValueError, match=words):
+    Partitioner(rules=rules)
+
+
+def test_constraints_inside_a_step_follow_the_rules():
+  from musiclm_jax import axes
+  partitioner = Partitioner(data=2, fsdp=2, tensor=2)
+  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner.constrain):
+    y = jax.jit(lambda x: axes.constrain(x, 'batch', None))(jnp.zeros((8, 3)))
+  assert y.sharding.shard_shape(y.shape) == (2, 3)
+  np.testing.assert_array_equal(axes.constrain(y, 'batch', None), y)  # outside a mesh nothing happens
