@@ -1,0 +1,203 @@
+"""Audio files in, mono waveforms out: wav, flac, ogg, mp3 and what else libsndfile reads.
+
+Shapes: N samples. Files are streamed, so memory does not grow with their length.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import hashlib
+import os
+import re
+
+import numpy as np
+import soundfile
+import soxr
+
+EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.au', '.caf', '.w64')
+# Sound that a user expects to be read, but libsndfile cannot: counted as skipped instead of passed over.
+UNSUPPORTED = ('.m4a', '.aac', '.wma', '.mp4', '.ape', '.mpc', '.webm')
+SILENCE = 1e-4  # peak under -80 dBFS
+_BLOCK = 1 << 17  # samples read at a time
+_RATES = (1_000, 768_000)
+_LIMIT = 64.0  # samples beyond this are not a loud recording but another scale
+# Encoders round a length up to whole frames and decoders trim it again.
+_MP3_SLACK = 4 * 1152
+
+
+class AudioFault(ValueError):
+  """Why a file cannot be used.
+
+  Attributes:
+    reason: one of "unreadable", "truncated", "empty", "silent", "too short", "non-finite", "out of range".
+  """
+
+  def __init__(self, reason: str, detail: str = ''):
+    super().__init__(f'{reason}: {detail}' if detail else reason)
+    self.reason = reason
+
+  def __reduce__(self):
+    return _fault, (self.reason, str(self))
+
+
+def _fault(reason: str, message: str) -> AudioFault:
+  """Rebuilds a fault that crossed a process boundary."""
+  fault = AudioFault(reason)
+  fault.args = (message,)
+  return fault
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioInfo:
+  """What a full reading of a file found.
+
+  Attributes:
+    frames: samples of each channel.
+    peak: largest magnitude of the mono mix.
+    sha256: of the file's bytes.
+  """
+
+  frames: int
+  sample_rate: int
+  channels: int
+  peak: float
+  sha256: str
+
+  @property
+  def seconds(self) -> float:
+    return self.frames / self.sample_rate
+
+
+def _open(path: str | os.PathLike) -> soundfile.SoundFile:
+  try:
+    # As bytes: a name need not be valid UTF-8.
+    file = soundfile.SoundFile(os.fsencode(path))
+  except (soundfile.SoundFileError, RuntimeError, OSError, TypeError) as error:
+    if os.path.exists(path) and os.path.getsize(path) == 0:
+      raise AudioFault('empty', 'the file has no bytes') from None
+    raise AudioFault('unreadable', str(error).partition(': ')[2] or str(error)) from None
+  if not _RATES[0] <= file.samplerate <= _RATES[1]:
+    rate = file.samplerate
+    file.close()
+    raise AudioFault('unreadable', f'{rate} samples a second')
+  return file
+
+
+def _mono_blocks(path: str | os.PathLike) -> Iterator[tuple[np.ndarray, int, int]]:
+  """Yields (mono float32 [n], sample rate, channels); raises AudioFault where the file is at fault."""
+  with _open(path) as file:
+    rate, channels, expected = file.samplerate, file.channels, file.frames
+    if _promises_more(file.extra_info):
+      raise AudioFault('truncated', 'the header promises more samples than the file holds')
+    if file.format == 'OGG' and not _ogg_ends(path):
+      raise AudioFault('truncated', 'the last page of the Ogg stream is missing')
+    read = 0
+    while True:
+      try:
+        # Not `SoundFile.blocks`, which returns stale samples where the file ends early.
+        block = file.read(_BLOCK, dtype='float32', always_2d=True)
+      except (soundfile.SoundFileError, RuntimeError) as error:
+        raise AudioFault('truncated', f'decoding fails after {read / rate:.1f} s: {error}') from None
+      if not len(block):
+        break
+      read += len(block)
+      mono = block.mean(axis=1, dtype=np.float32) if channels > 1 else block[:, 0]
+      if not np.isfinite(mono).all():
+        raise AudioFault('non-finite', f'samples that are no numbers before {read / rate:.1f} s')
+      if np.abs(mono).max() > _LIMIT:
+        raise AudioFault('out of range', f'samples up to {np.abs(mono).max():g} where 1 is full scale')
+      yield mono, rate, channels
+    if read < expected - (_MP3_SLACK if file.format == 'MPEG' else 0):
+      raise AudioFault('truncated', f'{read / rate:.1f} of {expected / rate:.1f} s are there')
+
+
+def _promises_more(header_log: str) -> bool:
+  """Whether there is less sound than a wav or aiff header says; a stream's "unknown" does not count."""
+  pattern = r'^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)'
+  for promised, found in re.findall(pattern, header_log, re.MULTILINE):
+    if int(found) < int(promised) < 0x7FFFF000:
+      return True
+  return False
+
+
+def _ogg_ends(path: str | os.PathLike) -> bool:
+  """Whether the last page of an Ogg file carries the end-of-stream flag (RFC 3533, section 6)."""
+  with open(path, 'rb') as file:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - (1 << 17)))
+    tail = file.read()
+  page = tail.rfind(b'OggS')
+  return 0 <= page < len(tail) - 5 and bool(tail[page + 5] & 4)
+
+
+def check(path: str | os.PathLike, min_seconds: float = 1.0) -> AudioInfo:
+  """Reads the whole file. Raises AudioFault where it cannot be used."""
+  frames, peak, rate, channels = 0, 0.0, 0, 0
+  for mono, rate, channels in _mono_blocks(path):  # noqa: B007
+    frames += len(mono)
+    peak = max(peak, float(np.abs(mono).max()))
+  if not frames:
+    raise AudioFault('empty', 'the file has no samples')
+  if frames < min_seconds * rate - 0.5:
+    raise AudioFault('too short', f'{frames / rate:.2f} s, at least {min_seconds:g} s are needed')
+  if peak < SILENCE:
+    raise AudioFault('silent', f'the largest sample is {peak:.1e}')
+  with open(path, 'rb') as file:
+    sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+  return AudioInfo(frames, rate, channels, peak, sha256)
+
+
+def segments(path: str | os.PathLike, segment_seconds: float,
+             sample_rate: int = 24000) -> Iterator[np.ndarray]:
+  """Consecutive pieces of a file, mono float32 at `sample_rate`, each `segment_seconds` long but the last.
+
+  Channels are averaged; soxr resamples as one stream, so the pieces join without a seam. Raises AudioFault.
+  """
+  length = round(segment_seconds * sample_rate)
+  held: list[np.ndarray] = []
+  count = 0
+  for block in _resampled(path, sample_rate):
+    held.append(block)
+    count += len(block)
+    if count >= length:
+      joined = np.concatenate(held)
+      whole = count // length * length
+      yield from joined[:whole].reshape(-1, length)
+      held, count = [joined[whole:]], count - whole
+  if count:
+    yield np.concatenate(held)
+
+
+def _resampled(path: str | os.PathLike, sample_rate: int) -> Iterator[np.ndarray]:
+  resampler = None
+  for mono, rate, _ in _mono_blocks(path):
+    if rate == sample_rate:
+      yield mono
+      continue
+    if resampler is None:
+      resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype='float32', quality='VHQ')
+    yield resampler.resample_chunk(mono)
+  if resampler is not None:
+    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def read(path: str | os.PathLike, sample_rate: int = 24000, max_seconds: float = 0.0) -> np.ndarray:
+  """A whole file, or its first `max_seconds`, as mono float32 [N]. Raises AudioFault."""
+  pieces, count = [], 0
+  limit = round(max_seconds * sample_rate) or None
+  for block in _resampled(path, sample_rate):
+    pieces.append(block)
+    count += len(block)
+    if limit and count >= limit:
+      break
+  if not count:
+    raise AudioFault('empty', 'the file has no samples')
+  return np.concatenate(pieces)[:limit]
+
+
+def write_wav(path: str | os.PathLike, audio: np.ndarray, sample_rate: int = 24000) -> None:
+  """Writes float [N] or [N, channels] in [-1, 1] as 16-bit PCM; what lies outside is clipped."""
+  audio = np.asarray(audio, np.float32)
+  if not np.isfinite(audio).all():
+    raise ValueError(f'{path}: the waveform has samples that are no numbers')
+  soundfile.write(os.fsencode(path), np.clip(audio, -1.0, 1.0), sample_rate, subtype='PCM_16', format='WAV')

@@ -1,0 +1,355 @@
+"""Record sets: directories of random-access ArrayRecord shards with a manifest, readable without TensorFlow.
+
+    <dir>/train-00000-of-00004.arrayrecord       one record a clip: a msgpack map with the arrays inside
+    <dir>/train-00000-of-00004.arrayrecord.json  what the shard holds, written after it
+    <dir>/manifest.json                          what the set holds, written last: without it there is no set
+
+Every file is written beside its place, synced and renamed, so an interrupted run leaves whole shards or none,
+and the same command continues it.
+"""
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import threading
+from typing import Any
+
+from array_record.python import array_record_module
+import numpy as np
+
+from musiclm_jax.data import source
+from musiclm_jax.data.record_format import (
+  audio_streams,
+  decode,
+  encode,
+  FORMAT_VERSION,
+  from_pcm,
+  Header,
+  Manifest,
+  seconds_of,
+  Shard,
+  text_kinds_of,
+  to_pcm,
+  token_streams,
+)
+
+__all__ = [
+    'FORMAT_VERSION', 'Header', 'MANIFEST', 'Manifest', 'RecordSet', 'Shard', 'audio_streams', 'decode',
+    'encode', 'finish', 'from_pcm', 'read_manifest', 'seconds_of', 'shard_done', 'shard_name',
+    'text_kinds_of', 'to_pcm', 'token_streams', 'write_atomically', 'write_records', 'write_shard']
+
+MANIFEST = 'manifest.json'
+# Examples are read in random order, so read-ahead would fetch what nobody asked for.
+_READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
+# Waveforms do not shrink under a general compressor and decompressing them costs three times the read.
+_WRITER_OPTIONS = {'audio': 'group_size:1,uncompressed', 'tokens': 'group_size:1'}
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+  """Writes beside `path`, syncs and renames: readers see the old file or the new one."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  with open(temporary, 'wb') as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  _put(temporary, path)
+
+
+def _put(temporary: pathlib.Path, path: pathlib.Path) -> None:
+  os.replace(temporary, path)
+  handle = os.open(path.parent, os.O_RDONLY)
+  try:
+    os.fsync(handle)  # the rename itself must survive a power cut
+  finally:
+    os.close(handle)
+
+
+def _hash_file(path: pathlib.Path) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+  return f'{split}-{index:05d}-of-{count:05d}.arrayrecord'
+
+
+def write_shard(directory: str | os.PathLike, split: str, index: int, count: int,
+                examples: Iterable[source.Example], header: Header, *,
+                left_out: Mapping[str, int] | None = None) -> Shard:
+  """Writes shard `index` of `count` and its `.json`; replaces one that is there.
+
+  `left_out` counts, by reason, what `examples` did not yield; it is read after the last example.
+
+  Raises: ValueError where an example does not have the shapes or the range that `header` says.
+  """
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  path = directory / shard_name(split, index, count)
+  sidecar = path.with_name(path.name + '.json')
+  sidecar.unlink(missing_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  seconds, kinds, licences = [], [], collections.Counter()
+  writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS[header.kind])
+  try:
+    for example in examples:
+      writer.write(encode(example, header))
+      seconds.append(seconds_of(example, header))
+      kinds.append(text_kinds_of(example))
+      licences[example.get('source', {}).get('licence') or 'not stated'] += 1
+    writer.close()
+  except BaseException:
+    if writer.is_open():
+      writer.close()
+    temporary.unlink(missing_ok=True)
+    raise
+  with open(temporary, 'rb') as file:
+    os.fsync(file.fileno())
+  shard = Shard(path.name, len(seconds), temporary.stat().st_size, _hash_file(temporary), sum(seconds))
+  _put(temporary, path)
+  kind_sets = sorted(set(kinds))
+  write_atomically(sidecar, json.dumps({
+      'format': FORMAT_VERSION, 'header': header.fingerprint, 'shard': dataclasses.asdict(shard),
+      'record_seconds': seconds, 'licences': dict(licences), 'left_out': dict(left_out or {}),
+      # Most records have the same kinds of text, so each is a number in a short list.
+      'text_kind_sets': kind_sets, 'record_text_kinds': [kind_sets.index(k) for k in kinds]}).encode())
+  return shard
+
+
+def shard_done(directory: str | os.PathLike, split: str, index: int, count: int, header: Header) -> bool:
+  """Whether this shard was already written, whole, with the same header."""
+  path = pathlib.Path(directory) / shard_name(split, index, count)
+  try:
+    sidecar = json.loads(path.with_name(path.name + '.json').read_bytes())
+    return (sidecar['format'] == FORMAT_VERSION and sidecar['header'] == header.fingerprint and
+            sidecar['shard']['bytes'] == path.stat().st_size)
+  except (OSError, ValueError, KeyError):
+    return False
+
+
+def finish(directory: str | os.PathLike, header: Header, shards: Mapping[str, int], *,
+           skipped: Mapping[str, Mapping[str, Any]] | None = None) -> Manifest:
+  """Writes `manifest.json` once every shard is there; `shards` says how many each split has (0: no records).
+
+  Raises: ValueError naming the shards that are missing or were written with another header.
+  """
+  directory = pathlib.Path(directory)
+  missing = [shard_name(split, i, count) for split, count in shards.items() for i in range(count)
+             if not shard_done(directory, split, i, count, header)]
+  if missing:
+    raise ValueError(f'{directory}: {len(missing)} of {sum(shards.values())} shards are missing or were '
+                     f'written with other settings, the first is {missing[0]}')
+  splits, licences = {}, collections.Counter()
+  skipped = {reason: dict(files) for reason, files in (skipped or {}).items()}
+  for split, count in shards.items():
+    sidecars = [_sidecar(directory / shard_name(split, i, count)) for i in range(count)]
+    splits[split] = tuple(Shard(**s['shard']) for s in sidecars)
+    for sidecar in sidecars:
+      licences.update(sidecar['licences'])
+      for reason, number in sidecar['left_out'].items():
+        skipped[reason] = {'count': skipped.get(reason, {}).get('count', 0) + number, 'files': []}
+  manifest = Manifest(header, splits, dict(sorted(licences.items())), skipped)
+  document = {
+      'format': FORMAT_VERSION, 'fingerprint': manifest.fingerprint, **dataclasses.asdict(header),
+      'counts': {s: {'records': manifest.records(s), 'hours': round(manifest.hours(s), 6)} for s in splits},
+      'licences': manifest.licences, 'skipped': manifest.skipped,
+      'splits': {s: [dataclasses.asdict(shard) for shard in shards] for s, shards in splits.items()}}
+  _remove_others(directory, {shard_name(s, i, n) for s, n in shards.items() for i in range(n)})
+  write_atomically(directory / MANIFEST, json.dumps(document, indent=1, sort_keys=True).encode())
+  return manifest
+
+
+def _remove_others(directory: pathlib.Path, files: set[str]) -> None:
+  """Removes what interrupted runs left: shards that do not belong to the set, and unfinished files."""
+  for path in directory.glob('*.arrayrecord*'):
+    if path.name.removesuffix('.json') not in files:
+      path.unlink(missing_ok=True)
+  for path in directory.glob('.*.arrayrecord*.tmp'):
+    path.unlink(missing_ok=True)
+
+
+def write_records(directory: str | os.PathLike, examples: Mapping[str, Sequence[source.Example]],
+                  header: Header, *, num_shards: int = 1) -> Manifest:
+  """A whole record set from examples in memory, by split."""
+  counts = {split: min(num_shards, len(rows)) for split, rows in examples.items()}
+  for split, rows in examples.items():
+    for i in range(counts[split]):
+      write_shard(directory, split, i, counts[split], rows[i::counts[split]], header)
+  return finish(directory, header, counts)
+
+
+def _sidecar(path: pathlib.Path) -> dict[str, Any]:
+  file = path.with_name(path.name + '.json')
+  try:
+    return json.loads(file.read_bytes())
+  except FileNotFoundError:
+    raise FileNotFoundError(f'{file} is missing; it belongs to the shard beside it') from None
+  except ValueError as error:
+    raise ValueError(f'{file} is damaged: {error}') from None
+
+
+def read_manifest(directory: str | os.PathLike) -> Manifest:
+  """The manifest of a record set.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged or was written by another version of the format.
+  """
+  path = pathlib.Path(directory) / MANIFEST
+  try:
+    document = json.loads(path.read_bytes())
+  except (FileNotFoundError, NotADirectoryError):
+    raise FileNotFoundError(f'{directory} is not a record set: it has no {MANIFEST} (one that was '
+                            'interrupted has none yet: run the command that makes it again)') from None
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged: {error}') from None
+  version = document.get('format') if isinstance(document, dict) else None
+  if version != FORMAT_VERSION:
+    raise ValueError(f'{path} has format {version}; this version of musiclm_jax reads {FORMAT_VERSION}')
+  try:
+    header = Header(document['kind'], document['streams'], document['settings'], document['lineage'])
+    splits = {s: tuple(Shard(**shard) for shard in shards) for s, shards in document['splits'].items()}
+    manifest = Manifest(header, splits, document['licences'], document['skipped'])
+    if manifest.fingerprint != document['fingerprint']:
+      raise ValueError('its fingerprint does not match what it lists')
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f'{path} is damaged: {error}') from None
+  return manifest
+
+
+class RecordSet:
+  """One split of a record set as a corpus. May be pickled and read from several threads.
+
+  Raises:
+    FileNotFoundError: there is no record set, or a shard of it is missing.
+    ValueError: another format; no such split, or no records in it; a shard's size is not the manifest's; on
+      reading, a record that cannot be decoded. The message names the file.
+  """
+
+  def __init__(self, directory: str | os.PathLike, split: str):
+    self.directory = pathlib.Path(directory)
+    self.split = split
+    self.manifest = read_manifest(directory)
+    if split not in self.manifest.splits:
+      held = ', '.join(f'{s} ({self.manifest.records(s)} records)' for s in self.manifest.splits)
+      raise ValueError(f'{directory} has no split {split!r}; it has {held}')
+    if not self.manifest.records(split):
+      raise ValueError(f'the split {split!r} of {directory} has no records; '
+                       f'the set holds {self.manifest.summary()}')
+    self.shards = self.manifest.splits[split]
+    self._ends = np.cumsum([s.records for s in self.shards])
+    for shard in self.shards:
+      self._check_size(shard)
+    self._start_reading()
+
+  def _start_reading(self) -> None:
+    self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
+    self._lock = threading.Lock()
+
+  def __getstate__(self):
+    return {k: v for k, v in self.__dict__.items() if k not in ('_readers', '_lock')}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._start_reading()
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  @property
+  def header(self) -> Header:
+    return self.manifest.header
+
+  @property
+  def lineage(self) -> Mapping[str, str]:
+    return self.header.lineage
+
+  @property
+  def fingerprint(self) -> str:
+    return source.digest([self.manifest.fingerprint, self.split])
+
+  @functools.cached_property
+  def _columns(self) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+    seconds, kinds = [], []
+    for shard in self.shards:
+      sidecar = _sidecar(self.directory / shard.file)
+      if sidecar['shard']['sha256'] != shard.sha256:
+        raise ValueError(f'{self.directory / shard.file}.json and {MANIFEST} describe different shards')
+      seconds.append(np.asarray(sidecar['record_seconds'], np.float64))
+      kind_sets = [tuple(k) for k in sidecar['text_kind_sets']]
+      kinds.extend(kind_sets[k] for k in sidecar['record_text_kinds'])
+    return np.concatenate(seconds), kinds
+
+  @property
+  def durations(self) -> np.ndarray:
+    """Seconds of each clip, float64 [len], without reading the records."""
+    return self._columns[0]
+
+  @property
+  def text_kinds(self) -> list[tuple[str, ...]]:
+    """The kinds of text of each clip, without reading the records."""
+    return self._columns[1]
+
+  def shard_indices(self, number: int) -> np.ndarray:
+    """The indices of the records in shard `number`."""
+    return np.arange(self._ends[number] - self.shards[number].records, self._ends[number])
+
+  def _check_size(self, shard: Shard) -> None:
+    path = self.directory / shard.file
+    try:
+      size = path.stat().st_size
+    except FileNotFoundError:
+      raise FileNotFoundError(f'the shard {path} is missing; {MANIFEST} lists it with {shard.records} '
+                              'records') from None
+    if size != shard.bytes:
+      raise ValueError(f'the shard {path} has {size} bytes; {MANIFEST} says {shard.bytes}')
+
+  def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
+    if number not in self._readers:
+      shard = self.shards[number]
+      self._check_size(shard)
+      reader = array_record_module.ArrayRecordReader(str(self.directory / shard.file), _READER_OPTIONS)
+      if reader.num_records() != shard.records:
+        raise ValueError(f'it has {reader.num_records()} records; {MANIFEST} says {shard.records}')
+      self._readers[number] = reader
+    return self._readers[number]
+
+  def __getitem__(self, index: int) -> source.Example:
+    example = self._read(int(index))
+    if self.header.kind == 'audio':
+      example['audio'] = from_pcm(example['audio'])
+    return example
+
+  def fetch(self, indices: np.ndarray, seeds: np.ndarray) -> list[source.Example]:
+    """Examples with their audio still int16: whoever takes a crop converts that alone."""
+    del seeds  # nothing here is random
+    return [self._read(int(i)) for i in indices]
+
+  def _read(self, index: int) -> source.Example:
+    if not 0 <= index < len(self):
+      raise IndexError(f'record {index} of {len(self)}')
+    number = int(np.searchsorted(self._ends, index, side='right'))
+    row = index - int(self._ends[number]) + self.shards[number].records
+    try:
+      with self._lock:
+        [record] = self._reader(number).read([row])
+      return decode(record, self.header)
+    except FileNotFoundError:
+      raise
+    except Exception as error:  # the reader raises RuntimeError, msgpack and NumPy half a dozen others
+      raise ValueError(f'record {row} of {self.directory / self.shards[number].file} cannot be read: '
+                       f'{error}') from error
+
+  def verify(self) -> None:
+    """Reads every byte of the split. Raises ValueError naming the first shard whose content has changed."""
+    for shard in self.shards:
+      self._check_size(shard)
+      if _hash_file(self.directory / shard.file) != shard.sha256:
+        raise ValueError(f'the content of the shard {self.directory / shard.file} has changed since it was '
+                         'written')

@@ -1,0 +1,1 @@
+"""SeqIO tasks and mixtures: one function a corpus. Nothing registers at import."""
