@@ -1,0 +1,361 @@
+"""The `musiclm` command: prepare, train, extract, generate, evaluate, quickstart.
+
+Each verb imports what it needs when it runs, so that `--help` is instant and a verb works without the
+packages of the others. A user's mistake is one line on stderr: exit code 2 for the command line and the
+configuration, 1 for everything that goes wrong later.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import musiclm_jax
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+SIZES = ('nano', 'tiny', 'small', 'base', 'paper')
+# Packages of the extra `train`, by import name, for the message where one is missing.
+TRAIN_PACKAGES = ('absl', 'array_record', 'flax', 'gin', 'jinja2', 'matplotlib', 'msgpack', 'optax', 'orbax',
+                  'rich', 'scipy', 'seqio', 'sklearn', 'soxr', 'tensorflow', 'tensorflow_datasets',
+                  'tokenizers')
+
+
+class UsageError(Exception):
+  """A mistake on the command line."""
+
+
+class _Parser(argparse.ArgumentParser):
+  """argparse with one line per error and no guessing of abbreviated flags."""
+
+  def __init__(self, *args, **kwargs):
+    formatter = argparse.RawDescriptionHelpFormatter
+    super().__init__(*args, allow_abbrev=False, formatter_class=formatter, **kwargs)
+
+  def error(self, message: str) -> NoReturn:
+    raise UsageError(f'{message} (see {self.prog} --help)')
+
+
+def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+  def parse(text: str) -> Any:
+    value = kind(text)
+    if not value > 0:
+      raise argparse.ArgumentTypeError(f'{text} is not above 0')
+    return value
+  parse.__name__ = f'positive {kind.__name__}'  # argparse names the type in "invalid ... value"
+  return parse
+
+
+def _late(module: str, name: str) -> Callable[..., Any]:
+  return getattr(importlib.import_module(f'musiclm_jax.{module}'), name)
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+  """The named flags that were given, so that defaults live in one place: the function that has them."""
+  return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _existing(path: str, what: str) -> str:
+  if not os.path.exists(path):
+    raise FileNotFoundError(f'{what}: there is nothing at {path!r}')
+  return path
+
+
+def prepare(args: argparse.Namespace) -> None:
+  if bool(args.composer) == bool(args.audio_dir):
+    raise UsageError('give either --audio_dir (your music) or --composer SIZE (the built-in music)')
+  if args.composer:
+    if args.captions:
+      raise UsageError('--captions belong to --audio_dir; the built-in music has its own')
+    run = _late('data.prepare', 'prepare_composer')
+    made = run(args.composer, args.output_dir, progress=_progress, **_given(args, 'workers', 'seed'))
+    print(made.summary())
+    return
+  _existing(args.audio_dir, '--audio_dir')
+  if args.captions:
+    _existing(args.captions, '--captions')
+  run = _late('data.prepare', 'prepare_folder')
+  options = _given(args, 'captions', 'caption_column', 'workers')
+  print(run(args.audio_dir, args.output_dir, progress=_progress, **options).summary())
+
+
+def _progress(what: str, done: int, total: int) -> None:
+  if sys.stderr.isatty():
+    print(f'\r{what} {done}/{total}', end='\n' if done == total else '', file=sys.stderr, flush=True)
+  elif done == total:
+    print(f'{what} {total}', file=sys.stderr)
+
+
+def train(args: argparse.Namespace) -> None:
+  config = importlib.import_module('musiclm_jax.config')
+  no_workdir = '--workdir is needed: where this run keeps its checkpoints and metrics'
+  try:
+    experiment = config.load_experiment(
+        args.gin_file, args.gin_bindings, search_paths=args.gin_search_path, allow=args.allow_import,
+        provided=('workdir', 'dry_run') if args.workdir else ('dry_run',))
+  except config.ConfigError as error:
+    if not args.workdir and re.search(r'\bWORKDIR\b', str(error)):
+      raise UsageError(no_workdir) from error
+    raise
+  if args.distributed:
+    importlib.import_module('jax').distributed.initialize()
+  if not args.workdir and not experiment.bound('workdir'):
+    raise UsageError(no_workdir)
+  workdir = args.workdir or experiment.argument('workdir')
+  if args.dry_run:
+    print(experiment.operative())
+  else:
+    _keep_configuration(experiment, workdir)
+  experiment.build(workdir=workdir, dry_run=args.dry_run)
+
+
+def _start_logging() -> None:
+  """Our own messages and everybody's warnings on stderr; Orbax reports dozens of lines a checkpoint."""
+  importlib.import_module('absl.logging').set_verbosity('info')
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+  handler.addFilter(lambda record: record.levelno >= logging.WARNING or 'musiclm_jax' in record.pathname)
+  logger = logging.getLogger('absl')
+  logger.handlers, logger.propagate = [handler], False
+
+
+def _keep_configuration(experiment: Any, workdir: str) -> None:
+  """Writes what this run reads as `config.gin`, which alone starts the same run again."""
+  _late('train', 'make_writable')(workdir)
+  _start_logging()
+  logging.getLogger('absl').info('configuration %s, in %s/config.gin', experiment.fingerprint, workdir)
+  if importlib.import_module('jax').process_index() == 0:
+    Path(workdir, 'config.gin').write_text(experiment.operative())
+
+
+def extract(args: argparse.Namespace) -> None:
+  roles = ('codec', 'semantic', 'mulan')
+  places = {role: getattr(args, role) for role in roles if getattr(args, role)}
+  if not args.workdir and len(places) < len(roles):
+    raise UsageError('name the trained networks: --workdir for all, or --codec, --semantic and --mulan')
+  for flag in ('input', 'workdir', *roles):
+    if getattr(args, flag):
+      _existing(getattr(args, flag), f'--{flag}')
+  cascade = _late('cascade', 'Cascade')(args.workdir or '', places)
+  print(_late('extract', 'extract')(args.input, args.output, cascade, **_given(args, 'batch_size')).summary())
+
+
+def generate(args: argparse.Namespace) -> None:
+  _existing(args.workdir, '--workdir')
+  if not args.output.endswith('.wav'):
+    raise UsageError(f'--output {args.output}: name a .wav file')
+  pipeline = importlib.import_module('musiclm_jax.generate.pipeline')
+  factor, changes = args.temperature or 1.0, _given(args, 'guidance')
+  sampling = {stage: dataclasses.replace(s, temperature=s.temperature * factor, **changes)
+              for stage, s in pipeline.PAPER_SAMPLING.items()}
+  settings = pipeline.Settings(sampling=sampling, **_given(args, 'seconds'))
+  cascade = _late('cascade', 'Cascade')(args.workdir)
+  made = pipeline.generate(cascade, [args.prompt], settings, **_given(args, 'seed'))
+  _late('data.audio_files', 'write_wav')(args.output, made.audio_BxN[0], made.sample_rate)
+  seconds = made.audio_BxN.shape[1] / made.sample_rate
+  print(f'{args.output}: {seconds:.1f} s of audio in {made.wall_seconds:.1f} s')
+
+
+def evaluate(args: argparse.Namespace) -> None:
+  _existing(args.workdir, '--workdir')
+  _late('evaluate', 'evaluate')(args.workdir, **_given(args, 'output', 'seed'))
+
+
+def quickstart(args: argparse.Namespace) -> None:
+  if args.captions and not args.audio_dir:
+    raise UsageError('--captions need --audio_dir: the built-in music has its own')
+  for name in ('audio_dir', 'captions'):
+    if getattr(args, name):
+      _existing(getattr(args, name), f'--{name}')
+  options = _given(args, 'audio_dir', 'captions', 'size', 'seed')
+  _late('quickstart', 'run')(args.workdir, **options)
+
+
+def _add_prepare(verb: Callable[..., _Parser]) -> None:
+  p = verb('prepare', prepare, 'turn music (a folder, or the built-in composer) into records', '''
+examples:
+  musiclm prepare --audio_dir ~/music --output_dir data/mine
+  musiclm prepare --audio_dir ~/music --captions captions.csv --caption_column text --output_dir data/mine
+  musiclm prepare --composer tiny --output_dir data/built_in      # no downloads, no files needed
+''')
+  p.add_argument('--audio_dir', metavar='DIR', help='wav, flac, mp3, ogg files, at any depth')
+  p.add_argument('--captions', metavar='FILE', help='CSV, TSV or JSON lines: file name and text')
+  p.add_argument('--caption_column', metavar='NAME', help='the column that holds the text')
+  p.add_argument('--composer', metavar='SIZE', choices=SIZES, help=f'built-in music: {", ".join(SIZES)}')
+  p.add_argument('--output_dir', metavar='DIR', required=True, help='where the records go')
+  p.add_argument('--workers', metavar='N', type=_positive(int), help='processes')
+  p.add_argument('--seed', metavar='N', type=int, help='for --composer')
+
+
+def _add_train(verb: Callable[..., _Parser]) -> None:
+  p = verb('train', train, 'train any network from a gin experiment; run again to resume', '''
+Any macro or binding of the experiment can be set on the command line; text needs no quotes:
+  --gin.NUM_STEPS=1000   --gin.RECORDS=data/mine   --gin.specs.Stage.seconds=2.0
+
+examples:
+  musiclm train --gin_file experiments/codec.gin --gin.RECORDS=data/mine --workdir runs/codec
+  musiclm train --gin_file experiments/coarse_lm.gin --gin_file size/paper.gin --workdir runs/coarse --dry_run
+''')
+  p.add_argument('--gin_file', metavar='FILE', action='append', required=True,
+                 help='repeatable, in order; found in --gin_search_path, here, or among the files that ship')
+  p.add_argument('--workdir', metavar='DIR', help='checkpoints, metrics and logs')
+  p.add_argument('--dry_run', action='store_true', help='check, print what would run, write nothing')
+  p.add_argument('--gin_search_path', metavar='DIR', action='append', default=[], help='repeatable')
+  p.add_argument('--allow_import', metavar='MODULE', action='append', default=[],
+                 help='a module that gin files may import (they can run its code); repeatable')
+  p.add_argument('--distributed', action='store_true', help='one of many processes (jax.distributed)')
+
+
+def _add_extract(verb: Callable[..., _Parser]) -> None:
+  p = verb('extract', extract, 'write the tokens of prepared records, with frozen networks', '''
+example:
+  musiclm extract --input data/mine --workdir runs --output data/mine_tokens
+''')
+  p.add_argument('--input', metavar='DIR', required=True, help='records from `musiclm prepare`')
+  p.add_argument('--workdir', metavar='DIR', help='holds the runs codec, semantic_tokens and mulan_tokens')
+  p.add_argument('--codec', metavar='DIR', help='the run of a trained codec, where it lies elsewhere')
+  p.add_argument('--semantic', metavar='DIR', help='likewise, of a fitted semantic tokenizer')
+  p.add_argument('--mulan', metavar='DIR', help='likewise, of fitted MuLan tokens')
+  p.add_argument('--output', metavar='DIR', required=True, help='where the token records go')
+  p.add_argument('--batch_size', metavar='N', type=_positive(int))
+
+
+def _add_generate(verb: Callable[..., _Parser]) -> None:
+  p = verb('generate', generate, 'text in, music out', '''
+example:
+  musiclm generate --workdir runs --prompt "slow piano in a minor key" --seconds 10 --output piano.wav
+''')
+  p.add_argument('--workdir', metavar='DIR', required=True, help='the folder that holds the trained runs')
+  p.add_argument('--prompt', metavar='TEXT', required=True)
+  p.add_argument('--output', metavar='FILE', required=True, help='a .wav file')
+  p.add_argument('--seconds', metavar='S', type=_positive(float))
+  p.add_argument('--seed', metavar='N', type=int)
+  p.add_argument('--temperature', metavar='X', type=_positive(float), help='multiplies that of each stage')
+  p.add_argument('--guidance', metavar='G', type=float, help='how strongly the text is followed; 1 is plain')
+
+
+def _add_evaluate(verb: Callable[..., _Parser]) -> None:
+  p = verb('evaluate', evaluate, 'measure a set of trained runs and write a report', '''
+example:
+  musiclm evaluate --workdir runs --output runs/report
+''')
+  p.add_argument('--workdir', metavar='DIR', required=True, help='the folder that holds the trained runs')
+  p.add_argument('--output', metavar='DIR', help='where the report goes; the workdir if not given')
+  p.add_argument('--seed', metavar='N', type=int)
+
+
+def _add_quickstart(verb: Callable[..., _Parser]) -> None:
+  p = verb('quickstart', quickstart, 'everything once, small: data, networks, music, a report', '''
+examples:
+  musiclm quickstart                                     # the built-in music, tiny networks, a laptop
+  musiclm quickstart --audio_dir ~/music --captions captions.csv --workdir runs/mine
+''')
+  p.add_argument('--workdir', metavar='DIR', default='quickstart', help='default: ./quickstart')
+  p.add_argument('--audio_dir', metavar='DIR', help='your music instead of the built-in')
+  p.add_argument('--captions', metavar='FILE')
+  p.add_argument('--size', metavar='SIZE', choices=SIZES, help=', '.join(SIZES))
+  p.add_argument('--seed', metavar='N', type=int)
+
+
+def _parser() -> _Parser:
+  parser = _Parser(prog='musiclm', description=musiclm_jax.__doc__, epilog='''
+start here:
+  musiclm quickstart                 # a small system end to end, with a report
+  musiclm VERB --help                # flags and examples of a verb
+''')
+  parser.add_argument('--version', action='version', version=f'musiclm {musiclm_jax.__version__}')
+  parser.add_argument('--traceback', action='store_true', help='full errors; also MUSICLM_TRACEBACK=1')
+  verbs = parser.add_subparsers(dest='verb', metavar='VERB', title='verbs')
+
+  def verb(name: str, run: Callable[[argparse.Namespace], None], summary: str, examples: str) -> _Parser:
+    p = verbs.add_parser(name, help=summary, description=summary, epilog=examples)
+    p.add_argument('--traceback', action='store_true', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    p.set_defaults(run=run)
+    return p
+
+  for add in (_add_prepare, _add_train, _add_extract, _add_generate, _add_evaluate, _add_quickstart):
+    add(verb)
+  return parser
+
+
+def _split_bindings(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+  """Takes `--gin.NAME=VALUE` out of the arguments: argparse cannot know the names."""
+  rest, bindings = [], []
+  for argument in argv:
+    if not argument.startswith('--gin.'):
+      rest.append(argument)
+      continue
+    name, equals, value = argument.removeprefix('--gin.').partition('=')
+    if not equals or not name:
+      raise UsageError(f'{argument}: write --gin.NAME=VALUE')
+    bindings.append((name, value))
+  return rest, bindings
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+  rest, bindings = _split_bindings(argv)
+  args = _parser().parse_args(rest)
+  if args.verb is None:
+    raise UsageError('no verb: prepare, train, extract, generate, evaluate, quickstart (see musiclm --help)')
+  if bindings and args.verb != 'train':
+    raise UsageError(f'--gin.{bindings[0][0]} belongs to `musiclm train`')
+  args.gin_bindings = bindings
+  return args
+
+
+def _explain(error: BaseException) -> tuple[int, str, bool]:
+  """Exit code, one line, and whether the user can have caused it (else it is a fault of this program)."""
+  text = ' '.join(line.strip() for line in str(error).strip().splitlines()[:1]) or type(error).__name__
+  if isinstance(error, UsageError):
+    return USAGE_ERROR, text, True
+  kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: their modules may not be importable
+  if 'ConfigError' in kinds:
+    return USAGE_ERROR, text, True
+  if kinds & {'StepFailed', 'NonFiniteLoss'}:
+    return FAILURE, text, True
+  if isinstance(error, KeyboardInterrupt):
+    return INTERRUPTED, 'interrupted', True
+  if isinstance(error, ImportError):
+    missing = (error.name or '').partition('.')[0]
+    if missing in TRAIN_PACKAGES:
+      return FAILURE, f'this needs the package {missing!r}: pip install "musiclm_jax[train]"', True
+  if isinstance(error, OSError):
+    if error.filename is not None:
+      text = f'{error.filename}: {error.strerror}'
+    return FAILURE, text, True
+  if isinstance(error, ValueError):
+    return FAILURE, text, _raised_here(error)
+  return FAILURE, f'{type(error).__name__.removesuffix("Proxy")}: {text}', False
+
+
+def _raised_here(error: BaseException) -> bool:
+  """Whether a ValueError is one of our own sentences rather than a fault deep inside a library."""
+  frames = traceback.extract_tb(error.__traceback__)
+  return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+  """Runs the command and exits with its code."""
+  argv = sys.argv[1:] if argv is None else list(argv)
+  show = '--traceback' in argv or os.environ.get('MUSICLM_TRACEBACK', '') not in ('', '0')
+  try:
+    args = _parse(argv)
+    args.run(args)
+  except (Exception, KeyboardInterrupt) as error:
+    code, text, expected = _explain(error)
+    if show or not expected:
+      traceback.print_exception(error)
+    print(f'musiclm: error: {text}', file=sys.stderr)
+    sys.exit(code)
+  sys.exit(0)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,53 @@
+"""The six trainings at size nano on data made in a moment, for the tests that hold for all of them."""
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+
+import numpy as np
+
+from musiclm_jax import config
+from musiclm_jax.data import records
+from musiclm_jax.specs import TokenSpec
+
+WAVEFORMS = ('codec', 'mulan', 'w2v_bert')
+STAGES = ('semantic_lm', 'coarse_lm', 'fine_lm')
+TRAININGS = WAVEFORMS + STAGES
+
+
+def experiment(name: str, tokens: str | os.PathLike = 'nowhere', **macros) -> config.Experiment:
+  """A training at size nano; stages read the token records at `tokens`."""
+  given = {**({'TOKENS': tokens} if name in STAGES else {}), **macros}
+  return config.load_experiment(
+      [f'experiments/{name}.gin', 'size/nano.gin'], [(k, str(v)) for k, v in given.items()],
+      provided=('workdir', 'dry_run'))
+
+
+@functools.cache
+def token_specs() -> dict[str, TokenSpec]:
+  """The streams of size nano, by feature."""
+  coarse, fine = (experiment(n).macro(m) for n, m in (('coarse_lm', 'COARSE_TOKENS'), ('fine_lm', 'FINE_TOKENS')))
+  acoustic = TokenSpec('acoustic', coarse.codebook_size, coarse.levels + fine.levels, coarse.frame_rate)
+  mulan, semantic = (experiment('semantic_lm').macro(m) for m in ('MULAN_TOKENS', 'SEMANTIC_TOKENS'))
+  return {s.feature: s for s in (mulan, semantic, acoustic)}
+
+
+def write_tokens(folder: str | os.PathLike, *, clips: int = 24, seconds: float = 4.0, lineage=None) -> pathlib.Path:
+  """Token records in which each token repeats the one before with probability one half, so there is something to learn."""
+  generator = np.random.default_rng(0)
+
+  def stream(spec):
+    fresh = generator.integers(0, spec.codebook_size, (spec.frames(seconds), spec.levels))
+    repeat = generator.random(fresh.shape) < 0.5
+    for i in range(1, len(fresh)):
+      fresh[i] = np.where(repeat[i], fresh[i - 1], fresh[i])
+    return fresh.astype(np.int32)
+
+  def examples(split, count):
+    return [{'recording': f'{split}-{i}', 'artist': 'test', 'start': 0.0,
+             **{name: stream(spec) for name, spec in token_specs().items()}} for i in range(count)]
+
+  header = records.Header('tokens', records.token_streams(token_specs().values()), lineage=lineage or {})
+  records.write_records(folder, {'train': examples('train', clips), 'test': examples('test', 12)}, header, num_shards=2)
+  return pathlib.Path(folder)
