@@ -1,0 +1,95 @@
+"""MuLan's figures: does a text find its clip, and do both get the same tokens?
+
+N pairs of clip and text, T samples, L text length, E embedding, Q levels.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from musiclm_jax.evaluation import batched, statistics
+from musiclm_jax.training import state as states
+
+
+def embed(
+    model: Any, audio_NxT: np.ndarray, text_NxL: np.ndarray, *, batch_size: int = 32,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Unit embeddings of clips and of texts, float32 [N, E] each, in batches of one shape."""
+  audio_NxE = batched.in_batches(
+      states.compiled(model, 'embed_audio'), np.asarray(audio_NxT, np.float32), batch_size=batch_size)
+  return audio_NxE, embed_texts(model, text_NxL, batch_size=batch_size)
+
+
+def embed_texts(model: Any, text_NxL: np.ndarray, *, batch_size: int = 32) -> np.ndarray:
+  """Unit embeddings of texts given as token ids, float32 [N, E]."""
+  return batched.in_batches(
+      states.compiled(model, 'embed_text'), np.asarray(text_NxL, np.int32), batch_size=batch_size)
+
+
+def retrieval_figures(
+    scores_NxN: np.ndarray, *, pools: Sequence[int] = (64, 200), prefix: str = '', seed: int = 0,
+) -> dict[str, float]:
+  """Recall at 1 and 10 in random pools; the first pool size gives the names without a suffix.
+
+  Pools larger than the number of pairs are left out, so that their bars read as not measured.
+  """
+  figures = {}
+  for pool in pools:
+    if pool > len(scores_NxN):
+      continue
+    suffix = '' if pool == pools[0] else f'_of_{pool}'
+    recall = statistics.recall_in_pools(scores_NxN, pool=pool, ks=(1, 10), seed=seed)
+    figures |= {f'{prefix}recall_at_{k}{suffix}': value for k, value in recall.items()}
+  return figures
+
+
+def mulan_figures(
+    audio_NxE: np.ndarray, text_NxE: np.ndarray, *, tokens: tuple[np.ndarray, np.ndarray] | None = None,
+    unknown_text_NxE: np.ndarray | None = None, oracle_NxN: np.ndarray | None = None,
+    pools: Sequence[int] = (64, 200), seed: int = 0) -> dict[str, Any]:
+  """Figures of section `mulan` of the report, from embeddings of held-out pairs.
+
+  Args:
+    audio_NxE, text_NxE: unit embeddings; text i describes clip i (long descriptions, unseen templates).
+    tokens: RVQ tokens [N, Q] (or [N, 1, Q]) of the clips and of the texts, in this order.
+    unknown_text_NxE: texts of the same clips that use synonyms which training never saw.
+    oracle_NxN: scores of an oracle that reads attributes (`statistics.attribute_agreement`).
+  """
+  figures: dict[str, Any] = {'pairs': len(audio_NxE)}
+  figures |= retrieval_figures(text_NxE @ audio_NxE.T, pools=pools, seed=seed)
+  for pool in pools:
+    suffix = '' if pool == pools[0] else f'_of_{pool}'
+    figures[f'recall_at_1_chance{suffix}'] = 1.0 / pool
+  if unknown_text_NxE is not None:
+    figures |= retrieval_figures(
+        unknown_text_NxE @ audio_NxE.T, pools=pools, prefix='unknown_synonyms_', seed=seed)
+  if oracle_NxN is not None:
+    figures |= retrieval_figures(oracle_NxN, pools=pools, prefix='oracle_', seed=seed)
+  if tokens is not None:
+    figures |= agreement_figures(*tokens)
+  own_N = np.sum(text_NxE * audio_NxE, axis=1)
+  figures['cosine_own'] = float(own_N.mean())
+  others = (np.sum(text_NxE @ audio_NxE.T) - own_N.sum()) / max(1, len(own_N) * (len(own_N) - 1))
+  figures['cosine_other'] = float(others)
+  return figures
+
+
+def agreement_figures(audio_tokens_NxQ: np.ndarray, text_tokens_NxQ: np.ndarray) -> dict[str, list[float]]:
+  """How often a text's token equals its clip's at each level, beside what chance gives.
+
+  Chance is the agreement of a text with another clip: the product of the two token distributions.
+  `text_audio_agreement_so_far` counts the pairs that agree on this and all levels before it.
+  """
+  audio_tokens_NxQ = np.asarray(audio_tokens_NxQ).reshape(len(audio_tokens_NxQ), -1)
+  text_tokens_NxQ = np.asarray(text_tokens_NxQ).reshape(len(text_tokens_NxQ), -1)
+  equal_NxQ = audio_tokens_NxQ == text_tokens_NxQ
+  size = int(max(audio_tokens_NxQ.max(), text_tokens_NxQ.max())) + 1
+  share = lambda tokens: statistics.level_counts(tokens, size) / len(tokens)
+  return {
+      'text_audio_agreement': [float(a) for a in equal_NxQ.mean(0)],
+      'text_audio_agreement_chance': [
+          float(c) for c in np.sum(share(audio_tokens_NxQ) * share(text_tokens_NxQ), axis=1)],
+      'text_audio_agreement_so_far': [float(a) for a in np.cumprod(equal_NxQ, axis=1).mean(0)],
+  }

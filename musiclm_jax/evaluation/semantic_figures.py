@@ -1,0 +1,116 @@
+"""The semantic network's figures: masked prediction on held-out clips, and what its tokens tell.
+
+N clips, T samples, F frames, K codes.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+import jax
+import numpy as np
+
+from musiclm_jax.evaluation import batched, probes, statistics
+from musiclm_jax.training import state as states
+
+
+# Probe name in the report -> name of the fact in a composer's attributes.
+CLIP_PROBES = {'tempo': 'tempo', 'meter': 'meter', 'drum_style': 'drums', 'timbre': 'lead'}
+
+
+def mean_metrics(
+    objective: Any, model: nnx.Module, batches: Iterable[Mapping[str, np.ndarray]], *, seed: int = 0,
+) -> tuple[dict[str, float], Any]:
+  """The metrics of `objective.loss(..., training=False)` averaged over batches of one shape and size.
+
+  With the loss itself as 'loss'; and the objective's statistics summed over the batches. Masks and negatives
+  are drawn from `seed`, so that the figure is the same each time. Raises ValueError without any batch.
+  """
+
+  def one(model: nnx.Module, batch: dict[str, jax.Array], key: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+    loss, aux = objective.loss(model, batch, key, training=False)
+    return {'loss': loss, **aux.metrics}, aux.statistics
+
+  run = states.compiled(model, one)
+  keys = jax.random.key(seed)
+  rows, total = [], None
+  for i, batch in enumerate(batches):
+    metrics, sums = jax.device_get(run(dict(batch), jax.random.fold_in(keys, i)))
+    rows.append(metrics)
+    total = sums if total is None else jax.tree.map(np.add, total, sums)
+  if not rows:
+    raise ValueError('evaluation: there are no held-out batches')
+  return {name: float(np.mean([np.mean(row[name]) for row in rows])) for name in rows[0]}, total
+
+
+def masked_figures(
+    objective: Any, model: nnx.Module, batches: Iterable[Mapping[str, np.ndarray]], *, seed: int = 0,
+) -> dict[str, float]:
+  """Masked prediction on held-out batches: `masked_cross_entropy` and `target_entropy`, both in nats.
+
+  The entropy is that of the targets of these very batches, pooled over all of them (the objective's
+  statistics `hard`, [groups, codes]), averaged over the code groups as the cross-entropy is: what a predictor
+  pays that knows only how frequent each target is.
+  """
+  metrics, sums = mean_metrics(objective, model, batches, seed=seed)
+  keep = ('masked_cross_entropy', 'masked_accuracy', 'contrastive', 'contrastive_accuracy', 'loss')
+  figures = {name: metrics[name] for name in keep if name in metrics}
+  entropy_G = statistics.entropy(sums['hard'])
+  share_G = sums['hard'] / sums['hard'].sum(-1, keepdims=True)
+  return {**figures, 'target_entropy': float(entropy_G.mean()),
+          'target_perplexity': float(np.exp(entropy_G).mean()),
+          'masked_accuracy_chance': float(share_G.max(-1).mean())}
+
+
+def composer_labels(
+    attributes: Sequence[Mapping[str, Any]], frames: int, frame_rate: float,
+) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
+  """Labels for the probes from the composer's ground truth: one a clip each, and chords [N, F] by frame.
+
+  A frame has the chord that sounds at its centre. Facts that a piece lacks are unknown.
+  """
+  clips = {
+      probe: [str(a.get(fact, probes.UNKNOWN)) for a in attributes] for probe, fact in CLIP_PROBES.items()}
+  centres_F = (np.arange(frames) + 0.5) / frame_rate
+  chords = []
+  for a in attributes:
+    begun_F = np.searchsorted(a['chord_times'], centres_F, side='right')
+    chords.append(np.array([probes.UNKNOWN, *a['chord_names']])[begun_F])
+  return clips, {'chord': np.array(chords)}
+
+
+def tokens(model: Any, audio_NxT: np.ndarray, *, batch_size: int = 8) -> np.ndarray:
+  """Semantic tokens of clips, int32 [N, F]; `model.tokens(audio) -> int32 BxFx1`."""
+  run = states.compiled(model, 'tokens')
+  return batched.in_batches(run, np.asarray(audio_NxT, np.float32), batch_size=batch_size)[..., 0]
+
+
+def semantic_figures(
+    trained_NxF: np.ndarray, untrained_NxF: np.ndarray, log_mel_NxF: np.ndarray, codebook_size: int, *,
+    clip_labels: Mapping[str, Sequence[str]], frame_labels: Mapping[str, np.ndarray] | None = None,
+    masked: Mapping[str, float] | None = None, seed: int = 0) -> dict[str, Any]:
+  """Figures of section `semantic` of the report.
+
+  Args:
+    trained_NxF, untrained_NxF, log_mel_NxF: tokens of the same held-out clips from the tokenizer, from one
+      made in the same way on the network before training, and from k-means of log-mel, all of K codes.
+    clip_labels: 'tempo', 'meter', 'drum_style', 'timbre' -> a label for each clip ('' where unknown).
+    frame_labels: 'chord' -> labels [N, F] ('' where there is none).
+    masked: the result of `masked_figures`.
+  """
+  shapes = {np.shape(t) for t in (trained_NxF, untrained_NxF, log_mel_NxF)}
+  if len(shapes) > 1:
+    raise ValueError(f'semantic evaluation: token arrays of different shapes {sorted(shapes)}; the three '
+                     'tokenizers must read the same clips at the same frame rate')
+  by_tokenizer = {'trained': trained_NxF, 'untrained': untrained_NxF, 'log_mel': log_mel_NxF}
+  figures: dict[str, Any] = {
+      'clips': len(trained_NxF), 'codebook_size': codebook_size, **dict(masked or {}),
+      'perplexity_share': {
+          name: float(statistics.perplexity(t[..., None], codebook_size)[0]) / codebook_size
+          for name, t in by_tokenizer.items()},
+  }
+  if clip_labels or frame_labels:
+    figures['probes'] = probes.probe_figures(
+        by_tokenizer, codebook_size, clip_labels, frame_labels, seed=seed)
+  return figures
