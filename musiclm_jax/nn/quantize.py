@@ -7,7 +7,8 @@ Shapes: B batch, T frames, N rows, M candidate rows, D width, Q levels, K codes.
 """
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -22,7 +23,7 @@ class Quantized(NamedTuple):
 
   Attributes:
     values: [B, T, D], the sum of the chosen codes over the levels in use, without a gradient.
-    indices: int32 [B, T, Q]; levels beyond those in use are encoded too, and are a prefix of nothing.
+    indices: int32 [B, T, Q]; levels beyond those in use are encoded and counted too.
     commitment: [B], squared distance of each level's residual to its (fixed) code, summed over the levels in
       use and averaged over frames and width; its gradient goes to the input only.
     statistics: sums for `ema_update`.
@@ -88,7 +89,8 @@ class ResidualQuantizer(nnx.Module):
       index = nearest(jax.lax.stop_gradient(residual), codebook_KxD)
       code = jnp.take(codebook_KxD, index, axis=0)
       fixed = jax.lax.stop_gradient(residual)
-      count, total = code_sums(fixed.reshape(-1, D), index.reshape(-1), K, jnp.repeat(used_B, T))
+      # Examples that drop this level still show it what its residuals are like.
+      count, total = code_sums(fixed.reshape(-1, D), index.reshape(-1), K)
       candidates = jnp.einsum('BM,BMD->MD', picked[0], fixed[:, picked[1]]) if picked else ()
       commitment += used_B * jnp.mean(jnp.square(residual - code), axis=(1, 2))
       return (residual - code, values + used_B[:, None, None] * code, commitment), (index, count, total, candidates)
@@ -139,10 +141,12 @@ def ema_update(buffers: dict[str, jax.Array], statistics: dict[str, jax.Array], 
   and at a small batch it would replace every code in every step. It is replaced by one of the step's
   candidate rows, which are residuals of that very level, and starts with the mean count.
 
-  Returns the buffers and metrics `perplexity` [Q] (of this batch), `restarts` [Q] (share of codes replaced).
+  Returns the buffers and metrics: `perplexity` [Q] of the moving average (a batch has fewer frames than there are
+  codes), `restarts` [Q], the share of codes replaced.
   """
   count_QxK = decay * buffers['count'] + (1 - decay) * statistics['count']
   sum_QxKxD = decay * buffers['sum'] + (1 - decay) * statistics['sum']
+  used_Q = perplexity(count_QxK)
   mean_Q = jnp.mean(count_QxK, axis=-1, keepdims=True)
   dead_QxK = count_QxK < jnp.minimum(2.0, dead_code_share * mean_Q)
   candidates_QxMxD = statistics['candidates']
@@ -155,21 +159,29 @@ def ema_update(buffers: dict[str, jax.Array], statistics: dict[str, jax.Array], 
   # A code that nobody has chosen for long keeps its place: dividing two vanishing numbers would lose it.
   codebook = jnp.where(count_QxK[..., None] > 1e-6, sum_QxKxD / jnp.maximum(count_QxK, 1e-6)[..., None],
                        buffers['codebook'])
-  metrics = {'perplexity': perplexity(statistics['count']), 'restarts': jnp.mean(replaced_QxK, axis=-1)}
+  metrics = {'perplexity': used_Q, 'restarts': jnp.mean(replaced_QxK, axis=-1)}
   return {'codebook': codebook, 'count': count_QxK, 'sum': sum_QxKxD}, metrics
 
 
 def spread_rows(x_NxD: jax.Array, count: int, key: jax.Array) -> jax.Array:
-  """k-means++ start: rows drawn one after another with probability by squared distance to the nearest drawn.
+  """Greedy k-means++ start: rows drawn one after another, each the best of a few candidates.
 
-  Source: Arthur and Vassilvitskii, 2007. Fewer distinct rows than `count` give repeats.
+  Candidates are drawn with probability by squared distance to the nearest row so far; the one that lowers the sum
+  of those distances most is taken (Arthur and Vassilvitskii, 2007, section 4, with 2 + ln K candidates). Fewer
+  distinct rows than `count` give repeats.
   """
+  trials = 2 + int(math.log(count))
   first_key, key = jax.random.split(key)
   first = x_NxD[jax.random.randint(first_key, (), 0, x_NxD.shape[0])]
+  squares_N = jnp.sum(jnp.square(x_NxD), axis=-1)
 
   def draw(distance_N, step_key):
-    row = x_NxD[jax.random.categorical(step_key, jnp.log(jnp.maximum(distance_N, 1e-20)))]
-    return jnp.minimum(distance_N, jnp.sum(jnp.square(x_NxD - row), axis=-1)), row
+    chosen = jax.random.categorical(step_key, jnp.log(jnp.maximum(distance_N, 1e-20)), shape=(trials,))
+    rows_LxD = x_NxD[chosen]
+    to_rows_NxL = squares_N[:, None] - 2 * x_NxD @ rows_LxD.T + squares_N[chosen]
+    nearest_NxL = jnp.minimum(distance_N[:, None], jnp.maximum(to_rows_NxL, 0))
+    best = jnp.argmin(jnp.sum(nearest_NxL, axis=0))
+    return nearest_NxL[:, best], rows_LxD[best]
 
   start = jnp.sum(jnp.square(x_NxD - first), axis=-1)
   _, rows = jax.lax.scan(draw, start, jax.random.split(key, count - 1))

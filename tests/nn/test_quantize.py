@@ -56,13 +56,12 @@ def test_as_many_codes_as_points_leave_no_error():
 
 def test_inertia_is_that_of_scikit_learn():
   sklearn_cluster = pytest.importorskip('sklearn.cluster')
-  centres = jax.random.normal(jax.random.key(0), (16, 8)) * 3
-  rows = np.asarray(centres[jax.random.randint(jax.random.key(1), (4000,), 0, 16)]
-                    + jax.random.normal(jax.random.key(2), (4000, 8)))
-  ours = quantize.kmeans_start(jnp.asarray(rows), 1, 16, jax.random.key(3), iterations=30)['codebook'][0]
+  # Correlated features without separate clusters: where there are few, either may miss the better of two solutions.
+  rows = np.asarray(jax.random.normal(jax.random.key(0), (4000, 8)) @ jax.random.normal(jax.random.key(1), (8, 8)))
+  ours = quantize.kmeans_start(jnp.asarray(rows), 1, 32, jax.random.key(3), iterations=30)['codebook'][0]
   distance = np.min(np.sum(np.square(rows[:, None] - np.asarray(ours)), axis=-1), axis=-1)
-  theirs = sklearn_cluster.KMeans(16, n_init=3, random_state=0).fit(rows).inertia_
-  assert distance.sum() <= 1.05 * theirs
+  theirs = sklearn_cluster.KMeans(32, n_init=1, random_state=0).fit(rows).inertia_
+  assert distance.sum() <= 1.02 * theirs
 
 
 def test_moving_average_is_the_formula(fitted, x_BxTxD):

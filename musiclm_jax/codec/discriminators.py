@@ -1,0 +1,175 @@
+"""The discriminators of SoundStream (arXiv 2107.03312, section III-D).
+
+B batch, N samples, T time, F frequency bins, C channels.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from musiclm_jax.nn import conv, spectral
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorsConfig:
+  """One discriminator on the complex STFT and `waveform_scales` on the waveform.
+
+  Attributes:
+    window, hop: of the STFT (1024 and 256 in the paper).
+    width, kernel, stride: channels of the first convolution (32), its taps along time and frequency (7), and
+      its strides (1, 1).
+    multipliers, strides: of each residual block, `width` times which, and (time, frequency). The paper has
+      six blocks with strides that alternate (1, 2) and (2, 2); the multipliers follow public
+      reimplementations.
+    waveform_scales: discriminators at the full, half, quarter rate and so on (3 in the paper).
+    waveform_width, waveform_max_width: channels after the first and at most after later layers (16, 1024).
+  """
+
+  width: int
+  window: int = 1024
+  hop: int = 256
+  kernel: int = 7
+  stride: tuple[int, int] = (1, 1)
+  multipliers: tuple[int, ...] = (1, 2, 4, 4, 8, 8)
+  strides: tuple[tuple[int, int], ...] = ((1, 2), (2, 2)) * 3
+  waveform_scales: int = 0
+  waveform_width: int = 16
+  waveform_max_width: int = 1024
+
+  def __post_init__(self):
+    object.__setattr__(self, 'stride', tuple(self.stride))
+    object.__setattr__(self, 'multipliers', tuple(self.multipliers))
+    object.__setattr__(self, 'strides', tuple(tuple(s) for s in self.strides))
+    if len(self.multipliers) != len(self.strides):
+      raise ValueError(
+          f'discriminator: {len(self.multipliers)} multipliers for {len(self.strides)} strides')
+    if (self.window // 2) % math.prod(f for _, f in (self.stride, *self.strides)):
+      raise ValueError(
+          f'discriminator: {self.window // 2} bins cannot be divided by the frequency strides of '
+          f'{self.stride} and {self.strides}')
+
+  @property
+  def last_bins(self) -> int:
+    """Frequency bins that the last convolution aggregates: F / 2^6 in the paper."""
+    return self.window // 2 // math.prod(f for _, f in (self.stride, *self.strides))
+
+
+class Judgement(NamedTuple):
+  """Of one discriminator: logits [B, T] and the features of each inner layer, [B, ...]."""
+
+  logits: jax.Array
+  features: tuple[jax.Array, ...]
+
+
+def _activation(x: jax.Array) -> jax.Array:
+  return jax.nn.leaky_relu(x, 0.2)
+
+
+class _ResidualBlock(nnx.Module):
+  """3 x 3, then a strided convolution two taps wider than its stride; the shortcut is strided and 1 x 1."""
+
+  def __init__(self, in_width: int, out_width: int, stride: tuple[int, int], *, rngs: nnx.Rngs):
+    self.inner = conv.Conv2d(in_width, in_width, (3, 3), rngs=rngs)
+    self.strided = conv.Conv2d(in_width, out_width, (stride[0] + 2, stride[1] + 2), stride=stride, rngs=rngs)
+    self.shortcut = conv.Conv2d(in_width, out_width, (1, 1), stride=stride, rngs=rngs)
+
+  def __call__(self, x_BxTxFxC: jax.Array) -> jax.Array:
+    y = self.strided(_activation(self.inner(x_BxTxFxC)))
+    return _activation(y + self.shortcut(x_BxTxFxC)) * math.sqrt(0.5)
+
+
+class StftDiscriminator(nnx.Module):
+  """Judges the real and imaginary parts of the STFT; one logit for each downsampled frame."""
+
+  def __init__(self, config: DiscriminatorsConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.first = conv.Conv2d(2, config.width, (config.kernel, config.kernel), stride=config.stride, rngs=rngs)
+    widths = [config.width, *(m * config.width for m in config.multipliers)]
+    for i, stride in enumerate(config.strides):
+      setattr(self, f'block_{i}', _ResidualBlock(widths[i], widths[i + 1], stride, rngs=rngs))
+    self.last = conv.Conv2d(widths[-1], 1, (1, config.last_bins), padding='VALID', rngs=rngs)
+
+  def __call__(self, audio_BxN: jax.Array) -> Judgement:
+    window = self.config.window
+    # Scaled to unit energy of the window: noise keeps its level whatever the window.
+    scale = float((spectral.hann(window) ** 2).sum()) ** -0.5
+    spectrum = spectral.stft(audio_BxN, window, self.config.hop)[..., :window // 2] * scale
+    x = _activation(self.first(jnp.stack([spectrum.real, spectrum.imag], axis=-1)))
+    features = [x]
+    for i in range(len(self.config.strides)):
+      x = getattr(self, f'block_{i}')(x)
+      features.append(x)
+    return Judgement(self.last(x)[:, :, 0, 0].astype(jnp.float32), tuple(features))
+
+
+class WaveformDiscriminator(nnx.Module):
+  """Plain, four grouped (group size 4, stride 4, channels x 4), and two more plain convolutions in time."""
+
+  GROUPED = 4
+
+  def __init__(self, config: DiscriminatorsConfig, *, rngs: nnx.Rngs):
+    width = config.waveform_width
+    self.layer_0 = conv.Conv1d(1, width, 15, rngs=rngs)
+    for i in range(self.GROUPED):
+      next_width = min(4 * width, config.waveform_max_width)
+      layer = conv.Conv1d(width, next_width, 41, stride=4, groups=max(1, width // 4), rngs=rngs)
+      setattr(self, f'layer_{i + 1}', layer)
+      width = next_width
+    self.layer_5 = conv.Conv1d(width, width, 5, rngs=rngs)
+    self.last = conv.Conv1d(width, 1, 3, rngs=rngs)
+
+  def __call__(self, audio_BxN: jax.Array) -> Judgement:
+    x = audio_BxN[..., None]
+    features = []
+    for i in range(self.GROUPED + 2):
+      x = _activation(getattr(self, f'layer_{i}')(x))
+      features.append(x)
+    return Judgement(self.last(x)[..., 0].astype(jnp.float32), tuple(features))
+
+
+class Discriminators(nnx.Module):
+  """All discriminators; each waveform scale hears the audio at half the rate of the one before."""
+
+  def __init__(self, config: DiscriminatorsConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.stft = StftDiscriminator(config, rngs=rngs)
+    for i in range(config.waveform_scales):
+      setattr(self, f'waveform_{i}', WaveformDiscriminator(config, rngs=rngs))
+
+  def __call__(self, audio_BxN: jax.Array) -> list[Judgement]:
+    judgements = [self.stft(audio_BxN)]
+    for i in range(self.config.waveform_scales):
+      judgements.append(getattr(self, f'waveform_{i}')(audio_BxN))
+      audio_BxN = audio_BxN[:, :audio_BxN.shape[1] // 2 * 2].reshape(audio_BxN.shape[0], -1, 2).mean(axis=-1)
+    return judgements
+
+
+def _mean_per_example(x_Bx_: jax.Array) -> jax.Array:
+  return jnp.mean(x_Bx_.astype(jnp.float32).reshape(x_Bx_.shape[0], -1), axis=-1)
+
+
+def discriminator_loss(real: list[Judgement], fake: list[Judgement]) -> jax.Array:
+  """Hinge loss [B], averaged over discriminators and time (equation 1); 2 where all logits are 0."""
+  per = [
+      _mean_per_example(jax.nn.relu(1 - r.logits)) + _mean_per_example(jax.nn.relu(1 + f.logits))
+      for r, f in zip(real, fake)]
+  return sum(per) / len(per)
+
+
+def adversarial_loss(fake: list[Judgement]) -> jax.Array:
+  """What the generator minimises, hinge form [B] (equation 2); 1 where all logits are 0."""
+  per = [_mean_per_example(jax.nn.relu(1 - f.logits)) for f in fake]
+  return sum(per) / len(per)
+
+
+def feature_loss(real: list[Judgement], fake: list[Judgement]) -> jax.Array:
+  """Mean absolute difference of the inner features [B], averaged over layers (equation 3)."""
+  per = [
+      _mean_per_example(jnp.abs(jax.lax.stop_gradient(a) - b))
+      for r, f in zip(real, fake) for a, b in zip(r.features, f.features)]
+  return sum(per) / len(per)
