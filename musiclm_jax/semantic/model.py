@@ -1,0 +1,173 @@
+"""w2v-BERT: log-mel, convolutions, a contrastive and a masked-prediction conformer (arXiv 2108.06209).
+
+The quantizer of the contrastive half turns the features under the masks into discrete codes. Its vectors are
+the targets of the contrastive loss, its ids those of the masked prediction.
+
+Shapes: B batch, N samples, F mel frames, M mel bands, T frames of the encoder (25 a second), D width, G code
+groups, V codes a group, E width of the contrastive space.
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from musiclm_jax.nn.conformer import Conformer, ConformerConfig
+from musiclm_jax.nn.conv import Conv2d
+from musiclm_jax.nn.spectral import MelConfig, log_mel
+from musiclm_jax.nn.transformer import Linear, Norm
+
+# Two layers of stride 2 in time and in frequency (arXiv 2108.06209, section 2.1).
+SUBSAMPLING = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class W2vBertConfig:
+  """Sizes of the encoder.
+
+  Attributes:
+    mel: the spectrogram; its frame rate is 4 times that of the features (100 and 25 Hz).
+    channels: of the two convolutions.
+    contrastive, masked: the two conformer stacks, of one width.
+    groups, codes: G and V of the product quantizer; ids of group g are in [0, V).
+    code_width: E, of the code vectors and of the space in which the contrastive loss compares.
+  """
+
+  mel: MelConfig
+  channels: int
+  contrastive: ConformerConfig
+  masked: ConformerConfig
+  groups: int
+  codes: int
+  code_width: int
+
+  def __post_init__(self):
+    if self.contrastive.width != self.masked.width:
+      raise ValueError(
+          f'the contrastive stack has width {self.contrastive.width} and the masked-prediction stack '
+          f'{self.masked.width}; they must agree')
+    if self.mel.bands % SUBSAMPLING:
+      raise ValueError(f'{self.mel.bands} mel bands are not a multiple of {SUBSAMPLING}')
+    if self.groups < 1 or self.codes < 2 or self.code_width % self.groups:
+      raise ValueError(
+          f'code_width {self.code_width} cannot be shared by {self.groups} groups of {self.codes} codes')
+
+  @property
+  def samples_per_frame(self) -> int:
+    return self.mel.hop * SUBSAMPLING
+
+  @property
+  def frame_rate(self) -> float:
+    return self.mel.sample_rate / self.samples_per_frame
+
+
+class Codes(NamedTuple):
+  """What `GumbelQuantizer` makes of features.
+
+  Attributes:
+    vectors: [B, T, E] of the chosen codes, straight-through to the logits.
+    ids: int32 [B, T, G], the most likely codes: targets of the masked prediction.
+    probabilities: [B, T, G, V], without noise and temperature.
+  """
+
+  vectors_BxTxE: jax.Array
+  ids_BxTxG: jax.Array
+  probabilities_BxTxGxV: jax.Array
+
+
+class GumbelQuantizer(nnx.Module):
+  """Product quantization with a straight-through Gumbel softmax (arXiv 2006.11477, section 2)."""
+
+  def __init__(self, width: int, groups: int, codes: int, code_width: int, *, rngs: nnx.Rngs):
+    self.shape = (groups, codes)
+    # Unit weights on normalised features, as wav2vec 2.0 starts: a random partition, sharp from step 0.
+    self.logits = Linear(
+        width, groups * codes, axes=('embed', 'codebook'), bias=True, scale=width**0.5, rngs=rngs)
+    vectors = jax.random.normal(rngs.params(), (groups, codes, code_width // groups))
+    self.vectors = nnx.Param(vectors, axes=(None, 'codebook', None))
+    self.project = Linear(code_width, code_width, bias=True, rngs=rngs)
+
+  def __call__(self, x_BxTxD: jax.Array, *, temperature: jax.Array | float = 1.0,
+               keys_B: jax.Array | None = None) -> Codes:
+    """With `keys_B` the codes are sampled by Gumbel noise, without they are the most likely ones."""
+    shape = (*x_BxTxD.shape[:2], *self.shape)
+    logits = self.logits(x_BxTxD).reshape(shape).astype(jnp.float32)
+    noisy = logits
+    if keys_B is not None:
+      noisy = logits + jax.vmap(lambda key: jax.random.gumbel(key, shape[1:]))(keys_B)
+    chosen = jnp.argmax(noisy, axis=-1)
+    soft = jax.nn.softmax(noisy / temperature, axis=-1)
+    weights = jax.nn.one_hot(chosen, self.shape[1]) + soft - jax.lax.stop_gradient(soft)
+    dtype = x_BxTxD.dtype
+    vectors = jnp.einsum('BTGV,GVE->BTGE', weights.astype(dtype), self.vectors[...].astype(dtype))
+    return Codes(
+        vectors_BxTxE=self.project(vectors.reshape(*shape[:2], -1)),
+        ids_BxTxG=jnp.argmax(logits, axis=-1).astype(jnp.int32),
+        probabilities_BxTxGxV=jax.nn.softmax(logits, axis=-1))
+
+
+class Subsampling(nnx.Module):
+  """Two 3 x 3 convolutions of stride (2, 2) over time and frequency, then a normalised linear map."""
+
+  def __init__(self, bands: int, channels: int, width: int, *, rngs: nnx.Rngs):
+    self.first = Conv2d(1, channels, (3, 3), stride=(2, 2), rngs=rngs)
+    self.second = Conv2d(channels, channels, (3, 3), stride=(2, 2), rngs=rngs)
+    self.out = Linear(bands // SUBSAMPLING * channels, width, axes=('mlp', 'embed'), bias=True, rngs=rngs)
+    self.norm = Norm(width, kind='layer', epsilon=1e-5)
+
+  def __call__(self, x_BxFxM: jax.Array) -> jax.Array:
+    """[B, T, D] with T = F / 4; F must be a multiple of 4."""
+    y = jax.nn.silu(self.first(x_BxFxM[..., None]))
+    y = jax.nn.silu(self.second(y))
+    return self.norm(self.out(y.reshape(*y.shape[:2], -1)))
+
+
+class W2vBert(nnx.Module):
+  """The encoder with its quantizer and heads.
+
+  Buffers: mean and deviation of the mel bands, from the first batch; usage of the codes, soft and hard, as
+  moving averages; the number of steps taken, which anneals the Gumbel temperature.
+  """
+
+  def __init__(self, config: W2vBertConfig, *, rngs: nnx.Rngs):
+    c, width = config, config.masked.width
+    self.config = c
+    self.subsampling = Subsampling(c.mel.bands, c.channels, width, rngs=rngs)
+    self.input = Linear(width, width, bias=True, rngs=rngs)
+    self.contrastive = Conformer(c.contrastive, rngs=rngs)
+    self.masked = Conformer(c.masked, rngs=rngs)
+    self.quantizer = GumbelQuantizer(width, c.groups, c.codes, c.code_width, rngs=rngs)
+    self.context = Linear(width, c.code_width, bias=True, rngs=rngs)
+    self.prediction = Linear(width, c.groups * c.codes, axes=('embed', 'codebook'), bias=True, rngs=rngs)
+    self.mel_mean = nnx.Variable(jnp.zeros((c.mel.bands,)), axes=(None,))
+    self.mel_deviation = nnx.Variable(jnp.ones((c.mel.bands,)), axes=(None,))
+    uniform = jnp.full((c.groups, c.codes), 1 / c.codes)
+    self.soft_usage = nnx.Variable(uniform, axes=(None, 'codebook'))
+    self.hard_usage = nnx.Variable(uniform + 0, axes=(None, 'codebook'))
+    self.steps = nnx.Variable(jnp.zeros((), jnp.int32), axes=())
+
+  def features(self, audio_BxN: jax.Array) -> jax.Array:
+    """Features [B, N // 960, D] before any mask; samples beyond the last whole frame are not used."""
+    length = audio_BxN.shape[1] // self.config.samples_per_frame * self.config.samples_per_frame
+    if not length:
+      raise ValueError(
+          f'{audio_BxN.shape[1]} samples are fewer than one frame of {self.config.samples_per_frame} samples')
+    mel_BxFxM = log_mel(audio_BxN[:, :length], self.config.mel)
+    x = (mel_BxFxM - self.mel_mean[...]) / self.mel_deviation[...]
+    return self.subsampling(x.astype(self.input.w[...].dtype))
+
+  def layer(self, audio_BxN: jax.Array, layer: int) -> jax.Array:
+    """Output [B, N // 960, D] of block `layer` (from 1) of the masked-prediction stack, nothing masked."""
+    x = self.contrastive(self.input(self.features(audio_BxN)))
+    return self.masked(x, num_layers=layer).astype(jnp.float32)
+
+
+def mel_statistics(audio_BxN: jax.Array, config: MelConfig) -> tuple[jax.Array, jax.Array]:
+  """Mean and standard deviation [M] of the log-mel bands; a band that never changes gets deviation 1."""
+  rows = log_mel(audio_BxN, config).reshape(-1, config.bands)
+  deviation = jnp.std(rows, axis=0)
+  return jnp.mean(rows, axis=0), jnp.where(deviation > np.float32(1e-3), deviation, 1.0)

@@ -1,0 +1,236 @@
+"""The training of w2v-BERT: contrastive loss, code diversity, masked prediction (arXiv 2108.06209, 2.2).
+
+Every term is a mean of terms of single examples, and all randomness comes from an example's key: the loss is
+the same for any number of microbatches.
+
+Shapes: B batch, N samples, T frames, E width of the contrastive space, G code groups, V codes a group.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from musiclm_jax import axes
+from musiclm_jax.objective import Aux, Batch, Objective
+from musiclm_jax.semantic.model import W2vBert, W2vBertConfig, mel_statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class W2vBertTraining(Objective):
+  """L = contrastive + 0.1 diversity + masked prediction.
+
+  Attributes:
+    encoder: sizes of the network.
+    seconds: length of the crops.
+    mask_share: share of the frames at which a masked span begins; spans may overlap.
+    mask_span: frames a span; 10 at 25 Hz are 400 ms, too long to be filled in from the neighbours.
+    mask_scale: standard deviation of the random vectors that stand in masked places.
+    negatives: distractors of each masked frame, from the other masked frames of its own clip.
+    temperature: of the contrastive loss.
+    contrastive_weight, diversity_weight, masked_weight: of the three terms.
+    gumbel_first, gumbel_last, gumbel_steps: temperature of the Gumbel softmax, annealed geometrically over
+      that many steps (arXiv 2006.11477, section 4.2: from 2 to 0.5).
+    usage_decay: of the moving average of code usage, a step.
+  """
+
+  encoder: W2vBertConfig
+  seconds: float
+  mask_share: float = 0.065
+  mask_span: int = 10
+  mask_scale: float = 0.1
+  negatives: int = 100
+  temperature: float = 0.1
+  contrastive_weight: float = 1.0
+  diversity_weight: float = 0.1
+  masked_weight: float = 1.0
+  gumbel_first: float = 2.0
+  gumbel_last: float = 0.5
+  gumbel_steps: int = 100_000
+  usage_decay: float = 0.99
+
+  def __post_init__(self):
+    if self.frames <= self.mask_span or self.mask_span < 2:
+      raise ValueError(
+          f'{self.seconds} seconds are {self.frames} frames, too few for masked spans of {self.mask_span} '
+          'frames (at least 2)')
+
+  @property
+  def samples(self) -> int:
+    return round(self.seconds * self.encoder.mel.sample_rate)
+
+  @property
+  def frames(self) -> int:
+    return self.samples // self.encoder.samples_per_frame
+
+  def model(self, rngs: nnx.Rngs) -> W2vBert:
+    return W2vBert(self.encoder, rngs=rngs)
+
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {'audio': jax.ShapeDtypeStruct((batch_size, self.samples), jnp.float32),
+            'slot': jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+
+  def start(self, model: W2vBert, batch: Batch, key: jax.Array) -> Any:
+    """Normalises the mel bands by the first batch."""
+    del key
+    _, _, buffers = nnx.split(model, nnx.Param, ...)
+    mean, deviation = mel_statistics(batch['audio'], self.encoder.mel)
+    return {**nnx.to_pure_dict(buffers), 'mel_mean': mean, 'mel_deviation': deviation}
+
+  def gumbel_temperature(self, steps: jax.Array) -> jax.Array:
+    done = jnp.minimum(steps.astype(jnp.float32) / self.gumbel_steps, 1.0)
+    return self.gumbel_first * (self.gumbel_last / self.gumbel_first)**done
+
+  def masked(self, x_BxTxD: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Features with random vectors in their masked frames, and which frames those are, bool [B, T]."""
+    frames = x_BxTxD.shape[1]
+    starts = max(1, round(self.mask_share * frames))
+    masked_BxT = jax.vmap(lambda k: span_mask(k, frames, starts, self.mask_span))(_folded(keys_B, 0))
+    noise = jax.vmap(lambda k: jax.random.normal(k, x_BxTxD.shape[1:], x_BxTxD.dtype))(_folded(keys_B, 1))
+    return jnp.where(masked_BxT[..., None], self.mask_scale * noise, x_BxTxD), masked_BxT
+
+  def loss(self, model: W2vBert, batch: Batch, key: jax.Array, *, training: bool) -> tuple[jax.Array, Aux]:
+    keys_B = axes.example_keys(key, batch['slot'])
+    mask_B, negatives_B, gumbel_B, first_B, second_B = (_folded(keys_B, i) for i in range(5))
+    features = model.features(batch['audio'])
+    inputs, masked_BxT = self.masked(features, mask_B)
+
+    temperature = self.gumbel_temperature(model.steps[...])
+    codes = model.quantizer(features, temperature=temperature, keys_B=gumbel_B if training else None)
+    context = model.contrastive(model.input(inputs), keys_B=first_B if training else None)
+    count_BxTxT = jax.vmap(lambda k, m: negative_counts(k, m, self.negatives))(negatives_B, masked_BxT)
+    contrastive_B, found_B = contrastive_loss(
+        model.context(context), codes.vectors_BxTxE, masked_BxT, count_BxTxT,
+        temperature=self.temperature)
+
+    hidden = model.masked(context, keys_B=second_B if training else None)
+    logits = model.prediction(hidden).astype(jnp.float32).reshape(codes.probabilities_BxTxGxV.shape)
+    masked_B, right_B = masked_prediction_loss(logits, codes.ids_BxTxG, masked_BxT)
+    diversity_B = diversity_loss(codes.probabilities_BxTxGxV, model.soft_usage[...])
+
+    loss_B = (self.contrastive_weight * (contrastive_B + self.diversity_weight * diversity_B)
+              + self.masked_weight * masked_B)
+    entropy = jnp.mean(_entropy(model.hard_usage[...]))
+    metrics = {
+        'contrastive': jnp.mean(contrastive_B),
+        'contrastive_accuracy': jnp.mean(found_B),
+        'diversity': jnp.mean(diversity_B),
+        'masked_cross_entropy': jnp.mean(masked_B),
+        'masked_accuracy': jnp.mean(right_B),
+        'target_entropy': entropy,
+        'target_perplexity': jnp.exp(entropy),
+        'gumbel_temperature': temperature,
+    }
+    hard = jax.nn.one_hot(codes.ids_BxTxG, self.encoder.codes)
+    statistics = {
+        'examples': jnp.float32(features.shape[0]),
+        'soft': jnp.sum(jnp.mean(codes.probabilities_BxTxGxV, axis=1), axis=0),
+        'hard': jnp.sum(jnp.mean(hard, axis=1), axis=0),
+    }
+    return jnp.mean(loss_B), Aux(metrics, jax.lax.stop_gradient(statistics))
+
+  def update(self, buffers: Any, statistics: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    """Moves the averages of code usage and counts the step."""
+    del key
+    updated = {'steps': buffers['steps'] + 1}
+    # A plain mean while there are few steps, so that the uniform usage at the start leaves no trace.
+    taken = buffers['steps'].astype(jnp.float32)
+    decay = jnp.minimum(self.usage_decay, taken / (taken + 1))
+    for name in ('soft', 'hard'):
+      usage = statistics[name] / statistics['examples']
+      updated[f'{name}_usage'] = decay * buffers[f'{name}_usage'] + (1 - decay) * usage
+    return {**buffers, **updated}, {}
+
+  def chance(self, batch_size: int) -> dict[str, float]:
+    del batch_size
+    return {'contrastive': math.log(1 + self.negatives), 'masked_cross_entropy': math.log(self.encoder.codes)}
+
+
+def _folded(keys_B: jax.Array, value: int) -> jax.Array:
+  return jax.vmap(lambda key: jax.random.fold_in(key, value))(keys_B)
+
+
+def _entropy(p_xV: jax.Array) -> jax.Array:
+  """Entropy in nats over the last axis."""
+  return -jnp.sum(p_xV * jnp.log(jnp.maximum(p_xV, 1e-30)), axis=-1)
+
+
+def _masked_mean(x_BxT: jax.Array, masked_BxT: jax.Array) -> jax.Array:
+  """Mean over an example's masked frames, [B]; there is always at least one span."""
+  return jnp.sum(jnp.where(masked_BxT, x_BxT, 0), axis=1) / jnp.sum(masked_BxT, axis=1)
+
+
+def span_mask(key: jax.Array, frames: int, starts: int, span: int) -> jax.Array:
+  """bool [T]: `starts` distinct frames, uniform among those where a span fits, begin a masked span each."""
+  first = jax.random.permutation(key, frames - span + 1)[:starts]
+  place = jnp.arange(frames)
+  return jnp.any((place >= first[:, None]) & (place < first[:, None] + span), axis=0)
+
+
+def negative_counts(key: jax.Array, masked_T: jax.Array, negatives: int) -> jax.Array:
+  """float32 [T, T]: how often frame s is among the distractors of frame t.
+
+  They are drawn with replacement from the masked frames other than t itself; rows of frames that are not
+  masked mean nothing.
+  """
+  frames = masked_T.shape[0]
+  total = jnp.sum(masked_T)
+  place_of_rank = jnp.argsort(~masked_T)  # stable: the masked frames come first, in order
+  rank_of_place = jnp.cumsum(masked_T) - 1
+  draw = jax.random.randint(key, (frames, negatives), 0, jnp.maximum(total - 1, 1))
+  draw = draw + (draw >= rank_of_place[:, None])  # skips the frame itself
+  rows = jnp.arange(frames)[:, None]
+  return jnp.zeros((frames, frames)).at[rows, place_of_rank[jnp.minimum(draw, total - 1)]].add(1.0)
+
+
+def contrastive_loss(context_BxTxE: jax.Array, target_BxTxE: jax.Array, masked_BxT: jax.Array,
+                     count_BxTxT: jax.Array, *, temperature: float) -> tuple[jax.Array, jax.Array]:
+  """-log of the target's share among its distractors (arXiv 2006.11477, equation 3), in float32.
+
+  Distractors that happen to have the target's own code stay in, as in the equation. The published code of
+  wav2vec 2.0 leaves them out; then the loss is zero once all frames share one code, and only the diversity
+  term stands against that. Kept, they make collapse cost log(1 + distractors).
+
+  The distractors of a clip are columns of one matrix of similarities, weighted by how often they were drawn;
+  this gives the same value as a gathered list of them.
+
+  Returns the mean over each example's masked frames [B], and the share of them whose target comes first [B].
+  """
+  unit = [x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-8)
+          for x in (context_BxTxE.astype(jnp.float32), target_BxTxE.astype(jnp.float32))]
+  logits_BxTxT = jnp.einsum('BTE,BSE->BTS', *unit) / temperature
+  positive_BxT = jnp.diagonal(logits_BxTxT, axis1=1, axis2=2)
+  drawn = count_BxTxT > 0
+  negative = jnp.where(drawn, logits_BxTxT + jnp.log(jnp.maximum(count_BxTxT, 1.0)), -jnp.inf)
+  every = jnp.concatenate([positive_BxT[..., None], negative], axis=-1)
+  loss_BxT = jax.nn.logsumexp(every, axis=-1) - positive_BxT
+  found_BxT = positive_BxT > jnp.max(jnp.where(drawn, logits_BxTxT, -jnp.inf), axis=-1)
+  return _masked_mean(loss_BxT, masked_BxT), _masked_mean(found_BxT.astype(jnp.float32), masked_BxT)
+
+
+def masked_prediction_loss(logits_BxTxGxV: jax.Array, ids_BxTxG: jax.Array, masked_BxT: jax.Array
+                           ) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy in nats and accuracy [B] over the masked frames, averaged over the groups."""
+  log_p = jax.nn.log_softmax(logits_BxTxGxV, axis=-1)
+  loss = -jnp.take_along_axis(log_p, ids_BxTxG[..., None], axis=-1)[..., 0]
+  right = jnp.argmax(logits_BxTxGxV, axis=-1) == ids_BxTxG
+  return (_masked_mean(jnp.mean(loss, axis=-1), masked_BxT),
+          _masked_mean(jnp.mean(right.astype(jnp.float32), axis=-1), masked_BxT))
+
+
+def diversity_loss(probabilities_BxTxGxV: jax.Array, usage_GxV: jax.Array) -> jax.Array:
+  """1 - perplexity / V of the code usage (arXiv 2006.11477, equation 4), as a mean over examples [B].
+
+  The entropy of a batch's own usage is no mean over examples: it would change with the number of
+  microbatches, and ask each small batch to use all codes. This is its first-order expansion around the moving
+  average of the usage: where the two agree, so do the value and the gradient.
+  """
+  usage = jax.lax.stop_gradient(usage_GxV.astype(jnp.float32))
+  share_G = jnp.exp(_entropy(usage)) / usage.shape[-1]
+  p_BxGxV = jnp.mean(probabilities_BxTxGxV, axis=1)
+  slope = jnp.log(jnp.maximum(usage, 1e-7)) + 1
+  return jnp.mean(1 - share_G + share_G * jnp.sum((p_BxGxV - usage) * slope, axis=-1), axis=-1)

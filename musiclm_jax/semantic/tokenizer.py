@@ -1,0 +1,164 @@
+"""Semantic tokens: a middle layer of the frozen encoder, each dimension normalised, then k-means.
+
+Source: AudioLM (arXiv 2209.03143, section III-B): without the normalisation a few dimensions decide it all.
+k-means is the residual quantizer with one level.
+
+Shapes: B batch, N samples or rows, M sampled rows, T frames, D width, K clusters.
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from musiclm_jax.nn.quantize import ResidualQuantizer, code_sums, lloyd_step, nearest, perplexity, spread_rows
+from musiclm_jax.objective import Batch, Fit
+from musiclm_jax.semantic.model import W2vBert, W2vBertConfig
+from musiclm_jax.specs import TokenSpec
+
+NORMALISE, KMEANS = 'normalise', 'kmeans'
+# How far the halves of a split cluster start from its centre, as a share of the cluster's radius.
+_SPLIT = 0.1
+
+
+class SemanticModel(nnx.Module):
+  """The frozen encoder with the normalisation and the clusters on top of one layer."""
+
+  def __init__(self, config: W2vBertConfig, layer: int, codebook_size: int, *, rngs: nnx.Rngs):
+    width = config.masked.width
+    self.layer, self.codebook_size, self.frame_rate = layer, codebook_size, config.frame_rate
+    self.encoder = W2vBert(config, rngs=rngs)
+    self.mean = nnx.Variable(jnp.zeros((width,)), axes=(None,))
+    self.deviation = nnx.Variable(jnp.ones((width,)), axes=(None,))
+    self.quantizer = ResidualQuantizer(1, codebook_size, width, rngs=rngs)
+
+  @property
+  def token_spec(self) -> TokenSpec:
+    return TokenSpec('semantic', codebook_size=self.codebook_size, frame_rate=self.frame_rate)
+
+  def features(self, audio_BxN: jax.Array) -> jax.Array:
+    """Output [B, N // 960, D] of the chosen layer, float32, before the normalisation."""
+    return self.encoder.layer(audio_BxN, self.layer)
+
+  def tokens(self, audio_BxN: jax.Array) -> jax.Array:
+    """Semantic tokens int32 [B, N // 960, 1] of mono audio at 24 kHz."""
+    features = jax.lax.stop_gradient(self.features(audio_BxN))
+    return self.quantizer.encode((features - self.mean[...]) / self.deviation[...])
+
+
+@dataclasses.dataclass(frozen=True)
+class SemanticTokenizer(Fit):
+  """Fits the normalisation in one pass over the rows, then k-means in `iterations` passes.
+
+  Attributes:
+    encoder: sizes of the frozen network; its values come from a w2v-BERT run.
+    layer: block of the masked-prediction stack that is clustered; 1 is the first. MusicLM takes the 7th of 12
+      (arXiv 2301.11325, section 4.1).
+    codebook_size: K.
+    iterations: of Lloyd's algorithm.
+    seconds: length of the crops that the rows are computed from.
+  """
+
+  encoder: W2vBertConfig
+  layer: int
+  codebook_size: int
+  iterations: int
+  seconds: float
+
+  def __post_init__(self):
+    depth = self.encoder.masked.depth
+    if not 1 <= self.layer <= depth:
+      raise ValueError(
+          f'layer {self.layer} is not one of the blocks of the masked-prediction stack, 1 to {depth}')
+    if self.codebook_size < 2 or self.iterations < 1:
+      raise ValueError(f'k-means needs at least 2 clusters and 1 iteration, found {self.codebook_size} and '
+                       f'{self.iterations}')
+
+  @property
+  def token_spec(self) -> TokenSpec:
+    return TokenSpec('semantic', codebook_size=self.codebook_size, frame_rate=self.encoder.frame_rate)
+
+  def model(self, rngs: nnx.Rngs) -> SemanticModel:
+    return SemanticModel(self.encoder, self.layer, self.codebook_size, rngs=rngs)
+
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    samples = round(self.seconds * self.encoder.mel.sample_rate)
+    return {'audio': jax.ShapeDtypeStruct((batch_size, samples), jnp.float32),
+            'slot': jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+
+  def features(self, model: SemanticModel, batch: Batch) -> jax.Array:
+    features = model.features(batch['audio'])
+    return features.reshape(-1, features.shape[-1])
+
+  def phases(self) -> tuple[tuple[str, int], ...]:
+    return ((NORMALISE, 1), (KMEANS, self.iterations))
+
+  def begin(self, buffers: Any, sample_MxD: jax.Array, phase: str, key: jax.Array) -> Any:
+    """Rough moments for the first phase, a k-means++ start for the second, both from the sample."""
+    if phase == NORMALISE:
+      # Sums of squares are taken around the sample's mean, where they lose no digits.
+      return {**buffers, 'mean': jnp.mean(sample_MxD, axis=0), 'deviation': jnp.ones(sample_MxD.shape[1:])}
+    codes = spread_rows(self._normalised(buffers, sample_MxD), self.codebook_size, key)
+    return self._with_codes(buffers, codes)
+
+  def statistics(self, buffers: Any, rows_NxD: jax.Array, weight_N: jax.Array, phase: str) -> Any:
+    rows = self._normalised(buffers, rows_NxD)
+    weight_N = weight_N.astype(jnp.float32)
+    if phase == NORMALISE:
+      return {'rows': jnp.sum(weight_N), 'sum': weight_N @ rows, 'square': weight_N @ jnp.square(rows)}
+    codes = buffers['quantizer']['codebook'][0]
+    index = nearest(rows, codes)
+    count, total = code_sums(rows, index, self.codebook_size, weight_N)
+    distance_N = weight_N * jnp.sum(jnp.square(rows - codes[index]), axis=-1)
+    return {'count': count, 'sum': total,
+            'distance': jax.ops.segment_sum(distance_N, index, self.codebook_size)}
+
+  def fitted(self, buffers: Any, statistics: Any, phase: str) -> tuple[Any, dict[str, jax.Array]]:
+    """New moments or clusters. Metrics of k-means describe the clusters that the rows were assigned to."""
+    if phase == NORMALISE:
+      offset = statistics['sum'] / statistics['rows']
+      variance = jnp.maximum(statistics['square'] / statistics['rows'] - jnp.square(offset), 0.0)
+      # A dimension that never changes carries nothing; dividing by its deviation would make noise of it.
+      deviation = jnp.where(variance > 1e-10, jnp.sqrt(variance), 1.0)
+      return ({**buffers, 'mean': buffers['mean'] + offset, 'deviation': deviation},
+              {'rows': statistics['rows'], 'constant_dimensions': jnp.sum(variance <= 1e-10)})
+    count, distance = statistics['count'], statistics['distance']
+    codes = lloyd_step(buffers['quantizer']['codebook'][0], count, statistics['sum'])
+    codes = split_widest(codes, count, distance)
+    metrics = {'inertia': jnp.sum(distance) / jnp.sum(count), 'perplexity': perplexity(count),
+               'empty_clusters': jnp.sum(count == 0)}
+    return self._with_codes(buffers, codes), metrics
+
+  def _normalised(self, buffers: Any, rows_NxD: jax.Array) -> jax.Array:
+    return (rows_NxD.astype(jnp.float32) - buffers['mean']) / buffers['deviation']
+
+  def _with_codes(self, buffers: Any, codes_KxD: jax.Array) -> Any:
+    # The quantizer's own moving sums stay consistent with its codes, each counted once.
+    count = jnp.ones((1, self.codebook_size))
+    return {**buffers, 'quantizer': {'codebook': codes_KxD[None], 'count': count, 'sum': codes_KxD[None]}}
+
+
+def split_widest(codes_KxD: jax.Array, count_K: jax.Array, distance_K: jax.Array) -> jax.Array:
+  """Moves clusters without rows next to the ones with the largest summed squared distance, and splits those.
+
+  The two halves start on both sides of the centre along a fixed pseudo-random direction, so that the result
+  depends on nothing but the sums: the same for any order of the rows and any number of devices.
+  """
+  width = codes_KxD.shape[1]
+  empty_K = count_K == 0
+  # The i-th empty cluster takes the i-th widest one. There are never more empty than filled ones to split
+  # usefully; a cluster of one row or of equal rows has nothing to give.
+  order_K = jnp.argsort(-jnp.where(empty_K, -1.0, distance_K))
+  rank_K = jnp.cumsum(empty_K) - 1
+  donor_K = order_K[rank_K]
+  usable_K = empty_K & (distance_K[donor_K] > 0) & ~empty_K[donor_K]
+  radius_K = jnp.sqrt(distance_K / jnp.maximum(count_K, 1.0) / width)
+  direction = jax.random.normal(jax.random.key(0), codes_KxD.shape)
+  shift_KxD = _SPLIT * radius_K[donor_K][:, None] * direction
+  moved = jnp.where(usable_K[:, None], codes_KxD[donor_K] + shift_KxD, codes_KxD)
+  # The donor moves the other way. Unusable entries write to a row that does not exist, which drops them.
+  target_K = jnp.where(usable_K, donor_K, codes_KxD.shape[0])
+  return moved.at[target_K].add(-shift_KxD, mode='drop')

@@ -1,0 +1,254 @@
+"""The w2v-BERT losses: hand-made cases, independence of microbatches, what masked frames may see, parity."""
+from __future__ import annotations
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from musiclm_jax.semantic import objective as ours
+from musiclm_jax.semantic.model import GumbelQuantizer
+from tests.semantic import configs
+
+KEY = jax.random.key(3)
+
+
+@functools.cache
+def _loss():
+  """Objective, its state, and the jitted loss with gradient, shared by the tests to compile once."""
+  objective = configs.training()
+  graphdef, params, buffers = configs.split(configs.started(objective))
+
+  @functools.partial(jax.jit, static_argnames='training')
+  def run(params, buffers, batch, *, training=True):
+    def loss(params):
+      return objective.loss(nnx.merge(graphdef, params, buffers), batch, KEY, training=training)
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  return objective, params, buffers, run
+
+
+def test_span_mask_has_the_number_of_starts_it_was_asked_for():
+  keys = jax.random.split(KEY, 200)
+  masks = np.asarray(jax.vmap(lambda k: ours.span_mask(k, 30, 3, 5))(keys))
+  counts = masks.sum(1)
+  assert counts.min() >= 5 and counts.max() == 15
+  assert 5 < counts.mean() < 15
+  # A frame in the middle is masked more often than the first, and both sometimes.
+  assert masks[:, 15].mean() > masks[:, 0].mean() > 0
+  single = np.asarray(jax.vmap(lambda k: ours.span_mask(k, 30, 1, 5))(keys))
+  assert np.all(single.sum(1) == 5) and np.all(np.abs(np.diff(single.astype(int))).sum(1) <= 2)
+
+
+def test_distractors_are_other_masked_frames_and_all_of_them():
+  masked = jnp.asarray([0, 1, 1, 0, 0, 1, 1, 0], bool)
+  counts = np.asarray(ours.negative_counts(KEY, masked, 300))[np.asarray(masked)]
+  assert np.all(counts.sum(1) == 300)
+  assert not counts[:, ~np.asarray(masked)].any()
+  among = counts[:, np.asarray(masked)]
+  assert np.all(np.diag(among) == 0)
+  assert np.all(among[~np.eye(4, dtype=bool)] > 60)  # 100 expected
+
+
+def test_contrastive_loss_by_hand():
+  rng = np.random.default_rng(0)
+  context, target = rng.normal(size=(2, 1, 6, 4)).astype(np.float32)
+  masked = jnp.asarray([[1, 1, 0, 1, 1, 0]], bool)
+  counts = jax.vmap(lambda m: ours.negative_counts(KEY, m, 5))(masked)
+  loss, _ = ours.contrastive_loss(context, target, masked, counts, temperature=0.1)
+  cosine = (context[0] @ target[0].T) / np.outer(
+      np.linalg.norm(context[0], axis=1), np.linalg.norm(target[0], axis=1))
+  expected = []
+  for t in np.flatnonzero(masked[0]):
+    drawn = np.repeat(np.arange(6), np.asarray(counts[0, t]).astype(int))
+    logits = np.concatenate([[cosine[t, t]], cosine[t, drawn]]) / 0.1
+    expected.append(np.log(np.exp(logits - logits[0]).sum()))
+  np.testing.assert_allclose(loss, [np.mean(expected)], rtol=1e-4)
+
+
+def test_contrastive_loss_of_perfect_and_of_collapsed_targets():
+  masked = jnp.ones((1, 6), bool)
+  counts = jax.vmap(lambda m: ours.negative_counts(KEY, m, 50))(masked)
+  distinct = jnp.eye(6)[None]
+  loss, found = ours.contrastive_loss(distinct, distinct, masked, counts, temperature=0.1)
+  assert float(loss[0]) < 0.01 and float(found[0]) == 1
+  same = jnp.ones((1, 6, 6))
+  loss, found = ours.contrastive_loss(same, same, masked, counts, temperature=0.1)
+  np.testing.assert_allclose(loss, np.log(51), rtol=1e-5)
+  assert float(found[0]) == 0
+
+
+def test_diversity_is_the_perplexity_loss_where_the_average_is_up_to_date():
+  logits = jax.random.normal(KEY, (3, 5, 2, 8))
+
+  def batch_form(logits):
+    usage = jnp.mean(jax.nn.softmax(logits, -1), axis=(0, 1))
+    return jnp.mean(1 - jnp.exp(-jnp.sum(usage * jnp.log(usage), -1)) / 8)
+
+  usage = jnp.mean(jax.nn.softmax(logits, -1), axis=(0, 1))
+  mean_form = lambda logits: jnp.mean(ours.diversity_loss(jax.nn.softmax(logits, -1), usage))
+  np.testing.assert_allclose(mean_form(logits), batch_form(logits), rtol=1e-5)
+  np.testing.assert_allclose(jax.grad(mean_form)(logits), jax.grad(batch_form)(logits), atol=1e-7)
+
+
+def test_diversity_is_zero_for_uniform_and_near_one_for_one_code():
+  uniform = jnp.full((2, 5, 1, 8), 1 / 8)
+  one = jax.nn.one_hot(jnp.zeros((2, 5, 1), int), 8)
+  np.testing.assert_allclose(ours.diversity_loss(uniform, uniform[0, 0]), 0, atol=1e-6)
+  np.testing.assert_allclose(ours.diversity_loss(one, one[0, 0]), 1 - 1 / 8, atol=1e-6)
+
+
+def test_microbatches_do_not_change_the_loss():
+  objective, params, buffers, run = _loss()
+  batch = configs.batch(objective)
+  # Usage far from uniform, so that the diversity term has a gradient.
+  usage = jax.nn.softmax(jax.random.normal(KEY, buffers['soft_usage'].shape))
+  buffers = {**buffers, 'soft_usage': usage}
+  (loss, aux), gradient = run(params, buffers, batch)
+  parts = [run(params, buffers, {k: v[i:i + 2] for k, v in batch.items()}) for i in (0, 2)]
+  np.testing.assert_allclose(loss, np.mean([part[0][0] for part in parts]), rtol=1e-5)
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *(part[1] for part in parts))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), gradient, mean)
+  total = jax.tree.map(jnp.add, *(part[0][1].statistics for part in parts))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), aux.statistics, total)
+
+
+def test_every_term_reaches_the_parameters_it_is_there_for():
+  objective, params, buffers, run = _loss()
+  buffers = {**buffers, 'soft_usage': jax.nn.softmax(jax.random.normal(KEY, buffers['soft_usage'].shape))}
+  _, gradient = run(params, buffers, configs.batch(objective))
+  unused = [jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(gradient)
+            if not np.any(np.abs(np.asarray(g)) > 0)]
+  assert not unused
+
+
+def test_a_masked_frame_does_not_see_itself():
+  objective = configs.training()
+  features = jax.random.normal(KEY, (3, objective.frames, 16))
+  keys = jax.random.split(KEY, 3)
+  inputs, masked = objective.masked(features, keys)
+  assert 0 < np.mean(masked) < 1
+  other, _ = objective.masked(features + 1, keys)
+  np.testing.assert_array_equal(np.all(np.asarray(inputs == other), axis=-1), masked)
+  np.testing.assert_array_equal(np.asarray(inputs)[~np.asarray(masked)], np.asarray(features)[~np.asarray(masked)])
+
+
+def test_update_averages_usage_and_counts_the_step():
+  objective, params, buffers, run = _loss()
+  first, second = (run(params, buffers, configs.batch(objective, seed=s))[0][1].statistics for s in (1, 2))
+  one, _ = objective.update(buffers, first, KEY)
+  np.testing.assert_allclose(one['hard_usage'], first['hard'] / 4, rtol=1e-6)  # no trace of the uniform start
+  two, _ = objective.update(one, second, KEY)
+  np.testing.assert_allclose(two['hard_usage'], (first['hard'] + second['hard']) / 8, rtol=1e-5)
+  late, _ = objective.update({**one, 'steps': jnp.int32(10_000)}, second, KEY)
+  np.testing.assert_allclose(late['hard_usage'], 0.99 * one['hard_usage'] + 0.01 * second['hard'] / 4, rtol=1e-4)
+  assert int(two['steps']) == 2
+  np.testing.assert_allclose(two['soft_usage'].sum(-1), 1, rtol=1e-5)
+
+
+def test_gumbel_temperature_is_annealed_and_then_stays():
+  objective = configs.training()
+  temperatures = [float(objective.gumbel_temperature(jnp.int32(s))) for s in (0, 50, 100, 1000)]
+  np.testing.assert_allclose(temperatures, [2.0, 1.0, 0.5, 0.5], rtol=1e-5)
+
+
+def test_gumbel_codes_are_drawn_from_the_softmax():
+  quantizer = GumbelQuantizer(4, 1, 3, 6, rngs=nnx.Rngs(0))
+  x = jnp.broadcast_to(jnp.asarray([0.3, -0.2, 0.1, 0.4]), (1, 4000, 4))
+  codes = quantizer(x, temperature=2.0, keys_B=KEY[None])
+  vectors = quantizer.project(quantizer.vectors[...][0])
+  drawn = np.argmin(((np.asarray(codes.vectors_BxTxE)[0, :, None] - np.asarray(vectors)) ** 2).sum(-1), axis=-1)
+  share = np.bincount(drawn, minlength=3) / 4000
+  np.testing.assert_allclose(share, codes.probabilities_BxTxGxV[0, 0, 0], atol=0.03)
+  assert int(codes.ids_BxTxG[0, 0, 0]) == int(np.argmax(codes.probabilities_BxTxGxV[0, 0, 0]))
+
+
+def test_evaluation_is_the_same_every_time_and_start_normalises():
+  objective, params, buffers, run = _loss()
+  batch = configs.batch(objective)
+  mel_mean = np.asarray(buffers['mel_mean'])
+  assert np.all(mel_mean < -1) and np.all(np.asarray(buffers['mel_deviation']) > 0)
+  (first, aux), _ = run(params, buffers, batch, training=False)
+  (second, _), _ = run(params, buffers, batch, training=False)
+  assert float(first) == float(second)
+  assert set(objective.chance(4)) <= set(aux.metrics)
+
+
+def test_a_few_steps_learn_the_targets():
+  objective, params, buffers, run = _loss()
+  optimizer = optax.adam(3e-3)
+  state = optimizer.init(params)
+  apply = jax.jit(lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*optimizer.update(g, s, p)))
+  batch, history = configs.batch(objective), []
+  for _ in range(60):
+    (_, aux), gradient = run(params, buffers, batch)
+    params, state = apply(gradient, state, params)
+    history.append(float(aux.metrics['masked_cross_entropy']))
+  assert np.mean(history[-5:]) < 0.8 * np.mean(history[:5])
+
+
+@pytest.mark.parametrize('change', [{'seconds': 0.1}, {'mask_span': 1}])
+def test_too_short_crops_are_refused(change):
+  with pytest.raises(ValueError, match='frames'):
+    configs.training(**change)
+
+
+@pytest.mark.parity
+def test_contrastive_and_diversity_losses_are_those_of_wav2vec2():
+  torch = pytest.importorskip('torch')
+  pytest.importorskip('transformers')
+  from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as reference
+  from transformers.models.wav2vec2.modeling_wav2vec2 import _sample_negative_indices
+  rng = np.random.default_rng(0)
+  context, target = rng.normal(size=(2, 2, 12, 6)).astype(np.float32)
+  masked = np.zeros((2, 12), bool)
+  masked[0, 2:7], masked[1, 4:11] = True, True
+  negatives = _sample_negative_indices((2, 12), 9, masked)
+  flat = torch.from_numpy(target.reshape(-1, 6))
+  logits = reference.Wav2Vec2ConformerForPreTraining.compute_contrastive_logits(
+      torch.from_numpy(target)[None], flat[negatives.reshape(-1)].view(2, 12, 9, 6).permute(2, 0, 1, 3),
+      torch.from_numpy(context), 0.1)
+  each = torch.nn.functional.cross_entropy(
+      logits.permute(1, 2, 0).reshape(24, 10), torch.zeros(24, dtype=torch.long), reduction='none').view(2, 12).numpy()
+  expected = [each[b][masked[b]].mean() for b in range(2)]
+
+  counts = np.zeros((2, 12, 12), np.float32)
+  for b in range(2):
+    for t in np.flatnonzero(masked[b]):
+      np.add.at(counts[b, t], negatives[b, t] - 12 * b, 1)
+  loss, _ = ours.contrastive_loss(context, target, masked, counts, temperature=0.1)
+  np.testing.assert_allclose(loss, expected, atol=1e-4)
+
+  probabilities = np.asarray(jax.nn.softmax(jax.random.normal(KEY, (2, 12, 2, 8))))
+  perplexity = reference.Wav2Vec2ConformerGumbelVectorQuantizer._compute_perplexity(
+      torch.from_numpy(probabilities.reshape(24, 2, 8)))
+  diversity = ours.diversity_loss(probabilities, probabilities.mean((0, 1)))
+  np.testing.assert_allclose(np.mean(diversity), (16 - float(perplexity)) / 16, atol=1e-4)
+
+
+@pytest.mark.parity
+def test_quantizer_is_the_one_of_wav2vec2():
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as reference_module
+  torch.manual_seed(0)
+  reference = reference_module.Wav2Vec2ConformerGumbelVectorQuantizer(transformers.Wav2Vec2ConformerConfig(
+      num_codevector_groups=2, num_codevectors_per_group=8, codevector_dim=12, conv_dim=(16,), conv_stride=(2,),
+      conv_kernel=(2,), num_feat_extract_layers=1)).eval()
+  torch.nn.init.normal_(reference.codevectors)
+  quantizer = GumbelQuantizer(16, 2, 8, 12, rngs=nnx.Rngs(0))
+  quantizer.logits.w[...] = reference.weight_proj.weight.detach().numpy().T
+  quantizer.logits.b[...] = reference.weight_proj.bias.detach().numpy()
+  quantizer.vectors[...] = reference.codevectors.detach().numpy().reshape(2, 8, 6)
+  quantizer.project.w[...] = np.eye(12)
+  x = np.random.default_rng(0).normal(size=(2, 9, 16)).astype(np.float32)
+  vectors, perplexity = reference(torch.tensor(x))
+  codes = quantizer(jnp.asarray(x))
+  np.testing.assert_allclose(codes.vectors_BxTxE, vectors.detach().numpy(), atol=1e-4)
+  usage = np.asarray(jax.nn.one_hot(codes.ids_BxTxG, 8)).mean((0, 1))
+  np.testing.assert_allclose(np.exp(-(usage * np.log(np.maximum(usage, 1e-30))).sum(-1)).sum(), float(perplexity),
+                             rtol=1e-4)
