@@ -240,10 +240,12 @@ def held_out(run: _Run, state: TrainState, batches: Batches, count: int) -> dict
 
 
 def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, init_from: InitFrom,
-        partitioner: Partitioner = Partitioner(), seed: int = 0, dry_run: bool = False) -> TrainState | None:
+        partitioner: Partitioner = Partitioner(), save_every: int = 20, seed: int = 0, dry_run: bool = False
+        ) -> TrainState | None:
   """Fits, or continues to fit, `objective` on the features of `num_batches` batches.
 
-  Each pass over the features is a step and is saved, so that an interrupted fit continues where it was.
+  Each pass over the features is a step; every `save_every` of them are saved, and an interrupted fit continues from
+  there.
   """
   run = _Run(objective, optimizers.Adam(0.0), workdir, partitioner, Precision(), init_from, seed)
   passes = sum(iterations for _, iterations in objective.phases())
@@ -264,7 +266,8 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
           objective, state.buffers, rows, partitioner, run.run_key, first=int(state.step)):
         state = dataclasses.replace(state, buffers=buffers, step=jnp.int32(done))
         writer.write(done, metrics.scalars(jax.device_get(values)), part=phase)
-        checkpoints.save(state)
+        if done % save_every == 0 or done == passes:
+          checkpoints.save(state)
   checkpoints.wait()
   checkpoints.close()
   return state

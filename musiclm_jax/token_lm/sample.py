@@ -42,7 +42,8 @@ def draw(logits_BxK: jax.Array, keys_B: jax.Array, temperature: jax.Array, top_k
   K = logits_BxK.shape[-1]
   scaled = logits_BxK.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
   order = -jnp.sort(-scaled, axis=-1)
-  kth = jnp.take_along_axis(order, jnp.full((logits_BxK.shape[0], 1), jnp.where(top_k > 0, jnp.minimum(top_k, K), K) - 1), -1)
+  kept = jnp.where(top_k > 0, jnp.minimum(top_k, K), K)
+  kth = jnp.take(order, kept - 1, axis=-1)[:, None]
   probability = jax.nn.softmax(order, axis=-1)
   # The first code past the threshold is still kept: `before` is what the likelier ones hold together.
   before = jnp.cumsum(probability, axis=-1) - probability

@@ -1,0 +1,358 @@
+"""Measures a workdir of trained networks on music and texts that no training step saw, and writes the report.
+
+N clips, P prompts, S samples a prompt, T samples of audio, F frames, Q levels.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+from flax import nnx
+import jax
+import numpy as np
+
+from musiclm_jax import specs
+from musiclm_jax.cascade import Cascade
+from musiclm_jax.data import composer, records
+from musiclm_jax.data.batches import AudioBatches, TokenBatches
+from musiclm_jax.evaluation import (
+    audio_measures, codec_figures, generation_figures, judge as judges, mulan_figures, probes, report, semantic_figures,
+    stage_figures, statistics)
+from musiclm_jax.evaluation.batched import in_batches
+from musiclm_jax.evaluation.report import Clip, Players
+from musiclm_jax.generate import pipeline
+from musiclm_jax.training import checkpoint
+
+# Where a quickstart keeps what is not a trained network.
+RECORDS, PAIRS, TOKENS, BASELINES = 'records', 'pairs', 'tokens', 'baselines'
+
+
+@dataclasses.dataclass(frozen=True)
+class Amounts:
+  """How much is measured; more narrows the intervals and takes longer.
+
+  Attributes:
+    codec_clips: decoded clips. clips: encoded clips, also the pairs for retrieval.
+    stage_crops: crops of each stage. judge_clips: clips that the judge learns from.
+    prompts, seeds: samples. sample_seconds: their length.
+  """
+
+  codec_clips: int = 64
+  clips: int = 400
+  stage_crops: int = 256
+  judge_clips: int = 1200
+  prompts: int = 16
+  seeds: int = 4
+  sample_seconds: float = 5.0
+
+
+def evaluate(workdir: str | os.PathLike, *, output: str | os.PathLike | None = None, seed: int = 0,
+             amounts: Amounts = Amounts()) -> dict[str, Any]:
+  """Writes `report.json`, `report.html` and `samples/*.wav` to `output` (the workdir by default).
+
+  What was not trained yet is left out, and its bars read as not measured. Returns the content of the report.
+  """
+  root = pathlib.Path(workdir)
+  output = pathlib.Path(output or root)
+  measure = _Measure(root, seed, amounts)
+  figures, players, notes = {}, [], list(measure.notes)
+  for name in report.SECTIONS:
+    try:
+      figures[name], shown = getattr(measure, name)()
+    except FileNotFoundError as error:
+      notes.append(f'Section {name} was not measured: {error}')
+      continue
+    players += shown
+    print(f'measured {name}', file=sys.stderr, flush=True)
+  _write_wavs(output / 'samples', players)
+  return report.write_report(output, figures, _runs(root), players, environment=_environment(measure), notes=notes)
+
+
+def _write_wavs(folder: pathlib.Path, players: list[Players]) -> None:
+  from musiclm_jax.data.audio_files import write_wav
+  folder.mkdir(parents=True, exist_ok=True)
+  for group in players:
+    for clip in group.clips:
+      name = ''.join(c if c.isalnum() else '_' for c in f'{group.title} {clip.title}'.lower())[:80].strip('_')
+      write_wav(folder / f'{name}.wav', clip.audio_N, clip.sample_rate)
+
+
+def write_round_trips(workdir: str | os.PathLike, count: int = 2) -> list[pathlib.Path]:
+  """The first sound of a fresh workdir: held-out clips, and what the codec makes of them, as WAV files."""
+  measure = _Measure(pathlib.Path(workdir), 0, Amounts(codec_clips=count))
+  players = measure.round_trips(count)
+  folder = pathlib.Path(workdir) / 'samples'
+  _write_wavs(folder, players)
+  return sorted(folder.glob('*.wav'))
+
+
+def _runs(root: pathlib.Path) -> list[report.Run]:
+  """The trainings of a workdir, with what is recorded of each."""
+  runs = []
+  for metrics_file in sorted(root.glob('*/metrics.jsonl')):
+    folder = metrics_file.parent
+    step = checkpoint.latest_step(folder)
+    if step is None:
+      continue
+    loaded = checkpoint.load(folder)
+    marker = root / 'steps' / f'{folder.name}.json'
+    recorded = json.loads(marker.read_text()) if marker.exists() else {}
+    runs.append(report.Run(
+        folder.name, recorded.get('seed', 0), step, recorded.get('wall_seconds', 0.0), specs.fingerprint(loaded.objective),
+        sum(x.size for x in jax.tree.leaves(loaded.params)), metrics_file))
+  return runs
+
+
+def _environment(measure: _Measure) -> dict[str, Any]:
+  import musiclm_jax
+  return {'musiclm_jax': musiclm_jax.__version__, 'jax': jax.__version__, 'python': platform.python_version(),
+          'device': str(jax.devices()[0].device_kind), 'processors': os.cpu_count(),
+          'music': measure.audio.manifest.summary(), 'music_fingerprint': measure.audio.fingerprint, 'seed': measure.seed}
+
+
+class _Measure:
+  """One method a section of the report; each returns its figures and what there is to listen to."""
+
+  def __init__(self, root: pathlib.Path, seed: int, amounts: Amounts):
+    self.root, self.seed, self.amounts = root, seed, amounts
+    self.cascade = Cascade(root)
+    self.audio = records.RecordSet(root / RECORDS, 'test')
+    self.rate = self.audio.header.streams['audio']['sample_rate']
+    pairs = root / PAIRS
+    self.pairs = records.RecordSet(pairs, 'test') if pairs.is_dir() else self.audio
+    self.notes = []
+    if pairs.is_dir():
+      self.notes.append('The music came without captions: MuLan was trained on the built-in music and its texts, and '
+                        'what concerns texts is measured there.')
+
+  @functools.cached_property
+  def seconds(self) -> float:
+    """Length of the clips that are compared: that of the shortest, in whole seconds, 10 s at most."""
+    return float(max(1, min(10, math.floor(np.min(self.audio.durations)))))
+
+  def clips(self, corpus: records.RecordSet, count: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The first clips of a split [N, T], and their examples without audio."""
+    length = specs.frames_in(self.seconds, self.rate)
+    audio_NxT = np.zeros((min(count, len(corpus)), length), np.float32)
+    examples = []
+    for i in range(len(audio_NxT)):
+      example = corpus[i]
+      clip = example.pop('audio')[:length]
+      audio_NxT[i, :len(clip)] = clip
+      examples.append(example)
+    return audio_NxT, examples
+
+  @functools.cached_property
+  def held_out(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    return self.clips(self.audio, self.amounts.clips)
+
+  @functools.cached_property
+  def held_out_pairs(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    return self.held_out if self.pairs is self.audio else self.clips(self.pairs, self.amounts.clips)
+
+  @property
+  def composed(self) -> bool:
+    """Whether the music is the built-in, whose every fact is known."""
+    return bool(self.held_out[1][0].get('attributes'))
+
+  # ---- codec -------------------------------------------------------------------------------------------------------
+
+  def round_trips(self, count: int = 2) -> list[Players]:
+    clips_NxT, _ = self.clips(self.audio, count)
+    loaded = self.cascade.part('codec')
+    levels = tuple(q for q in (1, 4, loaded.objective.token_spec.levels))
+    _, decoded = audio_measures.round_trip(loaded.model, clips_NxT, levels, batch_size=count)
+    return [Players(f'round trip {i + 1}', (
+        Clip('original', clips_NxT[i], self.rate),
+        *(Clip(f'{q} levels', np.clip(decoded[q][i], -1, 1), self.rate) for q in reversed(levels))),
+        section='codec', words='A held-out clip, and what the codec makes of it with all levels and with fewer.')
+            for i in range(len(clips_NxT))]
+
+  def codec(self) -> tuple[dict[str, Any], list[Players]]:
+    loaded = self.cascade.part('codec')
+    spec = loaded.objective.token_spec
+    untrained = loaded.objective.model(nnx.Rngs(self.seed))
+    clips_NxT = self.held_out[0]
+    count = self.amounts.codec_clips
+    figures = codec_figures.codec_figures(
+        loaded.model, clips_NxT[:count], spec.codebook_size, untrained=untrained,
+        levels=sorted({1, 4, spec.levels}), more_clips_MxN=clips_NxT[count:], sample_rate=self.rate)
+    figures['restart_share'] = codec_figures.restart_share(_read_metrics(self.root / 'codec'))
+    figures |= {'bitrate': spec.bitrate, 'hash': loaded.content_hash, 'steps': loaded.step}
+    return figures, self.round_trips()
+
+  # ---- MuLan -------------------------------------------------------------------------------------------------------
+
+  def texts(self, examples: list[dict[str, Any]], words: str) -> list[str]:
+    """The first long description of each clip; for the built-in music in held-out templates or synonyms."""
+    chosen = []
+    for example in examples:
+      said = example['texts']
+      if example.get('attributes') and words != 'test':
+        _, seed, index = example['recording'].split('-')
+        said = composer.texts(composer.compose(int(seed), int(index), self.seconds), words)
+      chosen.append(next((t['text'] for t in said if t['kind'] == 'description'), said[0]['text']))
+    return chosen
+
+  def ids(self, texts: list[str]) -> np.ndarray:
+    length = self.cascade.part('mulan').objective.mulan.text.length
+    return np.stack([self.cascade.tokenizer.encode(t, length) for t in texts])
+
+  @functools.cached_property
+  def pair_embeddings(self) -> tuple[np.ndarray, np.ndarray]:
+    audio_NxT, examples = self.held_out_pairs
+    return mulan_figures.embed(self.cascade.part('mulan').model, audio_NxT, self.ids(self.texts(examples, 'test')))
+
+  def mulan(self) -> tuple[dict[str, Any], list[Players]]:
+    loaded = self.cascade.part('mulan')
+    _, examples = self.held_out_pairs
+    audio_NxE, text_NxE = self.pair_embeddings
+    tokens = tuple(in_batches(self.cascade.function('mulan', 'tokens'), e, batch_size=32) for e in (audio_NxE, text_NxE))
+    unknown = oracle = None
+    if examples[0].get('attributes'):
+      unknown = mulan_figures.embed_texts(loaded.model, self.ids(self.texts(examples, 'synonyms')))
+      read = [composer.read_attributes(t) for t in self.texts(examples, 'test')]
+      oracle = statistics.attribute_agreement(read, [e['attributes'] for e in examples])
+    figures = mulan_figures.mulan_figures(audio_NxE, text_NxE, tokens=tokens, unknown_text_NxE=unknown,
+                                          oracle_NxN=oracle, seed=self.seed)
+    return {**figures, 'hash': loaded.content_hash}, []
+
+  # ---- semantic ----------------------------------------------------------------------------------------------------
+
+  def semantic(self) -> tuple[dict[str, Any], list[Players]]:
+    clips_NxT, examples = self.held_out
+    encoder = checkpoint.load(self.root / 'w2v_bert')
+    seconds = encoder.objective.batch_spec(1)['audio'].shape[1] / self.rate
+    size = min(16, len(self.audio))
+    batches = AudioBatches(self.audio, seconds=seconds, batch_size=size, order='sequential', sample_rate=self.rate)
+    whole = [batches(i) for i in range(min(batches.num_batches, 16)) if i == 0 or (i + 1) * size <= len(self.audio)]
+    masked = semantic_figures.masked_figures(
+        encoder.objective, encoder.model, [{k: v for k, v in b.items() if k != 'weight'} for b in whole], seed=self.seed)
+    spec = self.cascade.token_spec('semantic')
+    trained = semantic_figures.tokens(self.cascade.part('semantic').model, clips_NxT)
+    untrained = semantic_figures.tokens(checkpoint.load(self.root / BASELINES / 'semantic_tokens').model, clips_NxT)
+    fit_NxT, _ = self.clips(records.RecordSet(self.root / RECORDS, 'train'), self.amounts.clips)
+    log_mel = probes.log_mel_tokens(fit_NxT, clips_NxT, spec.codebook_size, sample_rate=self.rate,
+                                    frame_rate=spec.frame_rate, seed=self.seed)
+    clip_labels, frame_labels = {}, None
+    if self.composed:
+      clip_labels, frame_labels = semantic_figures.composer_labels(
+          [e['attributes'] for e in examples], trained.shape[1], spec.frame_rate)
+    figures = semantic_figures.semantic_figures(
+        trained, untrained, log_mel, spec.codebook_size, clip_labels=clip_labels, frame_labels=frame_labels,
+        masked=masked, seed=self.seed)
+    return {**figures, 'hash': self.cascade.part('semantic').content_hash}, []
+
+  # ---- stages ------------------------------------------------------------------------------------------------------
+
+  def stages(self) -> tuple[dict[str, Any], list[Players]]:
+    return {name: self._stage(name) for name in ('semantic', 'coarse', 'fine')}, []
+
+  def _stage(self, name: str) -> dict[str, Any]:
+    loaded = self.cascade.stage(name)
+    stage = loaded.objective.stage
+    corpus = records.RecordSet(self.root / TOKENS, 'test')
+    batches = TokenBatches(corpus, stage=stage, batch_size=16, seed=self.seed, min_clips=1, unusable='drop')
+    crops, recordings = [], []
+    for step in range(math.ceil(self.amounts.stage_crops / 16)):
+      crops.append(batches(step))
+      recordings += [example['recording'] for example in batches.examples(step)]
+    streams = {k: np.concatenate([c[k] for c in crops]) for k in crops[0] if k != 'slot'}
+    bits = stage_figures.objective_bits(loaded.objective, loaded.model)
+    train = records.RecordSet(self.root / TOKENS, 'train')
+    rows = (train[i][stage.target.feature] for i in range(min(len(train), 4000)))
+    figures = stage_figures.stage_figures(bits, stage, streams, np.array(recordings), rows, batch_size=16, seed=self.seed)
+    return {**figures, 'hash': loaded.content_hash, 'steps': loaded.step}
+
+  # ---- generation --------------------------------------------------------------------------------------------------
+
+  def generation(self) -> tuple[dict[str, Any], list[Players]]:
+    a = self.amounts
+    _, examples = self.held_out_pairs
+    chosen = _spread_over_leads(examples, a.prompts)
+    prompts = [self.texts([examples[i]], 'test')[0] for i in chosen]
+    settings = pipeline.Settings(seconds=min(a.sample_seconds, self.seconds))
+    samples_PxSxT, tokens, wall = self._sample(prompts, settings)
+    embed = lambda audio: in_batches(self.cascade.function('mulan', 'embed_audio'), audio, batch_size=16)
+    embedding = embed(samples_PxSxT.reshape(-1, samples_PxSxT.shape[-1])).reshape(len(prompts), a.seeds, -1)
+    prompts_PxE = self.pair_embeddings[1][chosen]
+    real_PxT = self.held_out_pairs[0][chosen][:, :samples_PxSxT.shape[-1]]
+    _, decoded = audio_measures.round_trip(self.cascade.part('codec').model, real_PxT,
+                                           (self.cascade.token_spec('codec').levels,))
+    references = {'real': embed(real_PxT)[:, None], 'codec_round_trip': embed(next(iter(decoded.values())))[:, None],
+                  'another_prompt': np.roll(embedding, 1, axis=0)}
+    known = self.composed and bool(examples[chosen[0]].get('attributes'))
+    timbres = [examples[i]['attributes']['lead'] for i in chosen] if known else []
+    samples = generation_figures.Samples(samples_PxSxT, embedding, prompts_PxE, timbres, wall, self.rate)
+    judged = self._judged(samples_PxSxT, tokens) if known else {}
+    figures = generation_figures.generation_figures(samples, references=references, seed=self.seed, **judged)
+    figures |= {'prompt_texts': prompts, 'mulan_levels': settings.mulan_levels}
+    players = [Players(f'prompt {i + 1}', (Clip('sample', samples_PxSxT[i, 0], self.rate),
+                                           Clip('a real clip that the text describes', real_PxT[i], self.rate)),
+                       words=prompt) for i, prompt in enumerate(prompts)]
+    return figures, players
+
+  def _sample(self, prompts: list[str], settings: pipeline.Settings) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+    """Samples [P, S, T] for each prompt and seed, the tokens of the first seed, and the time once compiled."""
+    drawn, wall = [], 0.0
+    # Long descriptions are cut where the text tower ends, as in training.
+    embedding_PxE = self.cascade.function('mulan', 'embed_text')(self.ids(prompts))
+    mulan_Px1xQ = self.cascade.function('mulan', 'tokens')(embedding_PxE)
+    for s in range(self.amounts.seeds):
+      keys_P = pipeline.prompt_keys(self.seed + s, len(prompts))
+      made = pipeline.from_mulan_tokens(self.cascade, mulan_Px1xQ, settings, keys_P)
+      drawn.append(made.audio_BxN)
+      wall += made.wall_seconds if s else 0.0
+    wall *= self.amounts.seeds / max(1, self.amounts.seeds - 1)
+    return np.stack(drawn, axis=1), made.tokens, wall
+
+  def _judged(self, samples_PxSxT: np.ndarray, tokens: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The independent judge, and the clips that the Frechet distance compares."""
+    length = samples_PxSxT.shape[-1]
+    codec = self.cascade.part('codec').model
+    levels = (self.cascade.token_spec('codec').levels,)
+    heard = lambda clips: audio_measures.round_trip(codec, clips[:, :length], levels)[1][levels[0]]
+    train_NxT, train = self.clips(records.RecordSet(self.root / RECORDS, 'train'), self.amounts.judge_clips)
+    judge = judges.fit(heard(train_NxT), [e['attributes']['lead'] for e in train], sample_rate=self.rate, seed=self.seed)
+    test_NxT, test = self.held_out
+    round_trips = heard(test_NxT)
+    half, count = len(test_NxT) // 2, samples_PxSxT.shape[0] * samples_PxSxT.shape[1]
+    rows = {'unigram': self._unigram_audio(count, tokens['acoustic'].shape[1], length),
+            'real': test_NxT[half:half + count, :length], 'codec_round_trip': round_trips[half:half + count]}
+    return {'judge': judge, 'judge_accuracy': judge.accuracy(round_trips, [e['attributes']['lead'] for e in test]),
+            'held_out_NxT': test_NxT[:half, :length], 'frechet_rows': rows}
+
+  def _unigram_audio(self, count: int, frames: int, length: int) -> np.ndarray:
+    """Decoded tokens that were drawn level by level from their frequencies: the baseline without any model."""
+    train = records.RecordSet(self.root / TOKENS, 'train')
+    spec = self.cascade.token_spec('codec')
+    ngrams = statistics.fit_ngrams((train[i]['acoustic'] for i in range(min(len(train), 500))), spec.codebook_size)
+    generator = np.random.default_rng(self.seed)
+    codes = np.stack([generator.choice(spec.codebook_size, size=(count, frames), p=p / p.sum())
+                      for p in np.exp(ngrams.unigram_QxK)], axis=-1)
+    decode: Callable = self.cascade.function('codec', 'decode')
+    return audio_measures.fit_length(in_batches(decode, codes.astype(np.int32), batch_size=8), length)
+
+
+def _read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
+  from musiclm_jax.evaluation.pictures import read_metrics
+  return read_metrics(folder / 'metrics.jsonl')
+
+
+def _spread_over_leads(examples: list[dict[str, Any]], count: int) -> list[int]:
+  """Indices of clips for prompts: each lead timbre equally often where timbres are known, else the first ones."""
+  if not examples[0].get('attributes'):
+    return list(range(min(count, len(examples))))
+  by_lead: dict[str, list[int]] = {}
+  for i, example in enumerate(examples):
+    by_lead.setdefault(example['attributes']['lead'], []).append(i)
+  rounds = [indices[k] for k in range(count) for _, indices in sorted(by_lead.items()) if k < len(indices)]
+  return rounds[:count]

@@ -1,0 +1,212 @@
+"""Everything once, small: music, networks, tokens, stages, samples, a report.
+
+Each step is one `musiclm` command in a process of its own, so what the quickstart does can be repeated by hand. Steps
+that do not need one another run side by side, each on its share of the processors. A step that is done leaves a
+marker and is skipped the next time; one that was interrupted resumes from its checkpoint.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+import ctypes
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from musiclm_jax.evaluate import BASELINES, PAIRS, RECORDS, TOKENS
+
+_REPORT_SECONDS = 10.0  # a step shows its progress at most this often
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One command.
+
+  Attributes:
+    arguments: of `musiclm`. after: the steps whose results it reads.
+  """
+
+  name: str
+  arguments: tuple[str, ...]
+  after: tuple[str, ...] = ()
+
+
+class StepFailed(RuntimeError):
+  """A step ended with an error; the message is its last line."""
+
+
+def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, size: str, seed: int) -> list[Step]:
+  """The steps in the order in which they are started where nothing else decides."""
+  path = lambda *parts: str(root.joinpath(*parts))
+  own_pairs = audio_dir is not None and captions is None
+  pairs = PAIRS if own_pairs else RECORDS
+  steps = []
+  if audio_dir is None:
+    steps.append(Step('prepare', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(RECORDS))))
+  else:
+    extra = ('--captions', captions) if captions else ()
+    steps.append(Step('prepare', ('prepare', '--audio_dir', audio_dir, *extra, '--output_dir', path(RECORDS))))
+  if own_pairs:
+    steps.append(Step('pairs', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(PAIRS))))
+  with_pairs = ('pairs',) if own_pairs else ('prepare',)
+
+  def train(name: str, experiment: str, after: tuple[str, ...], *, workdir: str = '', **macros: Any) -> Step:
+    flags = [f'--gin.{k}={v}' for k, v in {**macros, 'SEED': seed}.items()]
+    return Step(name, ('train', '--gin_file', f'experiments/{experiment}.gin', '--gin_file', f'size/{size}.gin', *flags,
+                       '--workdir', workdir or path(name)), after)
+
+  return [
+      *steps,
+      train('codec', 'codec', ('prepare',), RECORDS=path(RECORDS)),
+      train('mulan', 'mulan', with_pairs, RECORDS=path(pairs)),
+      train('w2v_bert', 'w2v_bert', ('prepare',), RECORDS=path(RECORDS)),
+      train('mulan_tokens', 'mulan_tokens', ('mulan',), RECORDS=path(pairs), MULAN_WORKDIR=path('mulan')),
+      train('untrained_w2v_bert', 'w2v_bert', ('prepare',), RECORDS=path(RECORDS), NUM_STEPS=0,
+            workdir=path(BASELINES, 'w2v_bert')),
+      train('semantic_tokens', 'semantic_tokens', ('w2v_bert',), RECORDS=path(RECORDS), W2V_WORKDIR=path('w2v_bert')),
+      train('untrained_semantic_tokens', 'semantic_tokens', ('untrained_w2v_bert',), RECORDS=path(RECORDS),
+            W2V_WORKDIR=path(BASELINES, 'w2v_bert'), workdir=path(BASELINES, 'semantic_tokens')),
+      Step('extract', ('extract', '--input', path(RECORDS), '--workdir', str(root), '--output', path(TOKENS)),
+           ('codec', 'mulan_tokens', 'semantic_tokens')),
+      train('coarse_lm', 'coarse_lm', ('extract',), TOKENS=path(TOKENS)),
+      train('fine_lm', 'fine_lm', ('extract',), TOKENS=path(TOKENS)),
+      train('semantic_lm', 'semantic_lm', ('extract',), TOKENS=path(TOKENS)),
+      Step('report', ('evaluate', '--workdir', str(root), '--output', str(root), '--seed', str(seed)),
+           ('semantic_lm', 'coarse_lm', 'fine_lm', 'untrained_semantic_tokens')),
+  ]
+
+
+def run(workdir: str, *, audio_dir: str | None = None, captions: str | None = None, size: str = 'tiny',
+        seed: int = 0) -> None:
+  """Runs the plan in `workdir`, or what is left of it. Raises `StepFailed` where a step fails."""
+  root = pathlib.Path(workdir).absolute()
+  for folder in ('steps', 'logs', 'samples'):
+    (root / folder).mkdir(parents=True, exist_ok=True)
+  absolute = lambda path: path and os.path.abspath(path)
+  steps = plan(root, audio_dir=absolute(audio_dir), captions=absolute(captions), size=size, seed=seed)
+  begun = time.monotonic()
+  _Scheduler(root, steps, seed).run()
+  report = json.loads((root / 'report.json').read_text())
+  print(f'\n{report["bars_passed"]} of {report["bars_total"]} bars reached, in {time.monotonic() - begun:.0f} s')
+  print(f'report:  {root / "report.html"}\nsamples: {root / "samples"}\nmore:    musiclm generate --workdir {root} '
+        '--prompt "slow strings in a minor key, no drums" --seconds 10 --output out.wav')
+
+
+class _Scheduler:
+  """Runs steps in up to two lanes, each with half of the processors; a step that runs alone has them all."""
+
+  def __init__(self, root: pathlib.Path, steps: list[Step], seed: int):
+    self.root, self.steps, self.seed = root, steps, seed
+    self.keys: dict[str, str] = {}
+    for step in steps:
+      inputs = [self.keys[name] for name in step.after]
+      self.keys[step.name] = hashlib.sha256(json.dumps([step.arguments, inputs]).encode()).hexdigest()[:16]
+    self.done = {s.name for s in steps if self._marker(s.name).get('key') == self.keys[s.name]}
+    # What follows a step that has to run again must run again too.
+    for step in steps:
+      if not self.done.issuperset(step.after):
+        self.done.discard(step.name)
+    processors = sorted(_processors())
+    half = (len(processors) + 1) // 2
+    self.lanes = [processors[:half], processors[half:]] if len(processors) > 1 else [processors]
+    self.running: dict[str, tuple[subprocess.Popen, int, float]] = {}
+
+  def _marker(self, name: str) -> dict[str, Any]:
+    try:
+      return json.loads((self.root / 'steps' / f'{name}.json').read_text())
+    except (OSError, ValueError):
+      return {}
+
+  def run(self) -> None:
+    for name in (s.name for s in self.steps if s.name in self.done):
+      print(f'{name}: done before', flush=True)
+    try:
+      while len(self.done) < len(self.steps):
+        self._start_ready()
+        self._collect()
+        time.sleep(0.1)
+    finally:
+      for process, _, _ in self.running.values():
+        process.terminate()
+
+  def _start_ready(self) -> None:
+    ready = [s for s in self.steps if s.name not in self.done and s.name not in self.running
+             and self.done.issuperset(s.after)]
+    for step in ready:
+      free = [lane for lane in range(len(self.lanes)) if lane not in {lane for _, lane, _ in self.running.values()}]
+      if not free:
+        return
+      alone = len(ready) == 1 and not self.running
+      processors = sum(self.lanes, []) if alone else self.lanes[free[0]]
+      self.running[step.name] = (self._start(step, processors), free[0], time.monotonic())
+
+  def _start(self, step: Step, processors: list[int]) -> subprocess.Popen:
+    print(f'{step.name}: musiclm {" ".join(step.arguments)}', flush=True)
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'musiclm_jax.main', *step.arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors='replace', preexec_fn=_in_child(processors), env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+    threading.Thread(target=self._relay, args=(step.name, process), daemon=True).start()
+    return process
+
+  def _relay(self, name: str, process: subprocess.Popen) -> None:
+    """The step's output to its log, and a line of it now and then to the terminal."""
+    shown = 0.0
+    with open(self.root / 'logs' / f'{name}.log', 'a', encoding='utf-8') as log:
+      for line in process.stdout:
+        log.write(line)
+        log.flush()
+        if time.monotonic() - shown > _REPORT_SECONDS and 'steps/s' in line:
+          shown = time.monotonic()
+          print(f'  {line.rstrip()}', flush=True)
+
+  def _collect(self) -> None:
+    for name, (process, _, begun) in list(self.running.items()):
+      code = process.poll()
+      if code is None:
+        continue
+      del self.running[name]
+      log = self.root / 'logs' / f'{name}.log'
+      if code:
+        time.sleep(0.5)  # the relay may still be writing
+        lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
+        raise StepFailed(f'step {name} failed: {lines[-1] if lines else f"exit code {code}"} (all of it: {log})')
+      seconds = time.monotonic() - begun
+      marker = {'key': self.keys[name], 'wall_seconds': round(seconds, 1), 'seed': self.seed}
+      partial = self.root / 'steps' / f'.{name}.partial'
+      partial.write_text(json.dumps(marker))
+      partial.replace(self.root / 'steps' / f'{name}.json')
+      self.done.add(name)
+      print(f'{name}: done in {seconds:.0f} s', flush=True)
+      if name == 'codec':
+        self._first_sound()
+
+  def _first_sound(self) -> None:
+    """As soon as there is a codec there is something to hear."""
+    code = 'import sys; from musiclm_jax.evaluate import write_round_trips; write_round_trips(sys.argv[1])'
+    subprocess.run([sys.executable, '-c', code, str(self.root)], check=False, capture_output=True)
+    print(f'first sound: {self.root / "samples"} (clips, and what the codec makes of them)', flush=True)
+
+
+def _processors() -> set[int]:
+  if hasattr(os, 'sched_getaffinity'):
+    return os.sched_getaffinity(0)
+  return set(range(os.cpu_count() or 1))
+
+
+def _in_child(processors: list[int]) -> Callable[[], None]:
+  """Keeps a step on its processors, and ends it when the quickstart is killed."""
+  libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+
+  def prepare() -> None:
+    if libc is not None:
+      libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on writing to the workdir
+      os.sched_setaffinity(0, processors)
+
+  return prepare

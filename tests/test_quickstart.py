@@ -1,0 +1,102 @@
+"""The whole chain at size nano, as a newcomer runs it."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from musiclm_jax import quickstart
+from musiclm_jax.training import checkpoint
+
+NETWORKS = ('codec', 'mulan', 'mulan_tokens', 'w2v_bert', 'semantic_tokens', 'semantic_lm', 'coarse_lm', 'fine_lm')
+
+
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory):
+  return {**os.environ, 'XLA_FLAGS': '', 'MUSICLM_READER': 'direct',
+          'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
+          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
+
+
+def arguments(workdir, *more):
+  return [sys.executable, '-m', 'musiclm_jax.main', 'quickstart', '--size', 'nano', '--workdir', str(workdir), *more]
+
+
+def hashes(workdir):
+  return {name: checkpoint.load(pathlib.Path(workdir) / name).content_hash for name in NETWORKS}
+
+
+@pytest.fixture(scope='module')
+def finished(environment, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('quickstart')
+  done = subprocess.run(arguments(workdir), env=environment, capture_output=True, text=True, timeout=1500)
+  assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+  return workdir
+
+
+@pytest.mark.slow
+def test_it_ends_with_music_and_a_report(finished):
+  report = json.loads((finished / 'report.json').read_text())
+  assert set(report) >= {'codec', 'mulan', 'semantic', 'stages', 'generation', 'bars', 'runs'}
+  assert set(report['runs']) >= set(NETWORKS)
+  assert report['codec']['mel_distance_clip_median'] > 0
+  page = (finished / 'report.html').read_text()
+  assert '<audio' in page and 'src="http' not in page
+  assert len(list((finished / 'samples').glob('*.wav'))) >= 4
+
+
+@pytest.mark.slow
+def test_a_second_call_skips_everything(finished, environment):
+  before = hashes(finished)
+  begun = time.monotonic()
+  done = subprocess.run(arguments(finished), env=environment, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0 and time.monotonic() - begun < 60
+  assert done.stdout.count('done before') == len(quickstart.plan(
+      finished, audio_dir=None, captions=None, size='nano', seed=0))
+  assert hashes(finished) == before
+
+
+@pytest.mark.slow
+def test_text_to_wav_by_command(finished, environment, tmp_path):
+  run = lambda name, seed: subprocess.run(
+      [sys.executable, '-m', 'musiclm_jax.main', 'generate', '--workdir', str(finished), '--prompt', 'slow piano',
+       '--seconds', '2.5', '--seed', str(seed), '--output', str(tmp_path / name)],
+      env=environment, capture_output=True, text=True, timeout=300)
+  for name, seed in (('a.wav', 7), ('b.wav', 7), ('c.wav', 8)):
+    assert run(name, seed).returncode == 0
+  a, b, c = ((tmp_path / name).read_bytes() for name in ('a.wav', 'b.wav', 'c.wav'))
+  assert a == b and a != c
+  import soundfile
+  audio, rate = soundfile.read(tmp_path / 'a.wav')
+  assert rate == 24000 and len(audio) == 60000 and np.isfinite(audio).all()
+
+
+@pytest.mark.slow
+def test_killed_twice_it_ends_with_the_same_parameters(finished, environment, tmp_path):
+  for step in ('codec', 'coarse_lm'):
+    process = subprocess.Popen(arguments(tmp_path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 900
+    while not (tmp_path / step / 'metrics.jsonl').exists() and process.poll() is None:
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+    assert process.poll() is None, 'it ended before it could be killed'
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1)  # its children end with it
+  done = subprocess.run(arguments(tmp_path), env=environment, capture_output=True, text=True, timeout=1500)
+  assert done.returncode == 0, done.stdout[-3000:]
+  assert hashes(tmp_path) == hashes(finished)
+
+
+@pytest.mark.slow
+def test_a_failing_step_ends_it_with_one_line(environment, tmp_path):
+  (tmp_path / 'music').mkdir()
+  done = subprocess.run(arguments(tmp_path / 'w', '--audio_dir', str(tmp_path / 'music')), env=environment,
+                        capture_output=True, text=True, timeout=300)
+  assert done.returncode == 1
+  assert 'step prepare failed' in done.stderr.splitlines()[-1]
