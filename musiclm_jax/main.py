@@ -53,6 +53,14 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
   return parse
 
 
+def _composer_size(text: str) -> str | int:
+  if text in SIZES:
+    return text
+  if not text.isdigit() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f'{text!r} is neither one of {", ".join(SIZES)} nor a number of clips')
+  return int(text)
+
+
 def _late(module: str, name: str) -> Callable[..., Any]:
   return getattr(importlib.import_module(f'musiclm_jax.{module}'), name)
 
@@ -188,7 +196,8 @@ examples:
   p.add_argument('--audio_dir', metavar='DIR', help='wav, flac, mp3, ogg files, at any depth')
   p.add_argument('--captions', metavar='FILE', help='CSV, TSV or JSON lines: file name and text')
   p.add_argument('--caption_column', metavar='NAME', help='the column that holds the text')
-  p.add_argument('--composer', metavar='SIZE', choices=SIZES, help=f'built-in music: {", ".join(SIZES)}')
+  p.add_argument('--composer', metavar='SIZE', type=_composer_size,
+                 help=f'built-in music: {", ".join(SIZES)}, or a number of clips to train on')
   p.add_argument('--output_dir', metavar='DIR', required=True, help='where the records go')
   p.add_argument('--workers', metavar='N', type=_positive(int), help='processes')
   p.add_argument('--seed', metavar='N', type=int, help='for --composer')

@@ -79,7 +79,8 @@ def test_text_to_wav_by_command(finished, environment, tmp_path):
 @pytest.mark.slow
 def test_killed_twice_it_ends_with_the_same_parameters(finished, environment, tmp_path):
   for step in ('codec', 'coarse_lm'):
-    process = subprocess.Popen(arguments(tmp_path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(arguments(tmp_path), env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 900
     while not (tmp_path / step / 'metrics.jsonl').exists() and process.poll() is None:
       assert time.monotonic() < deadline

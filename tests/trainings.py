@@ -34,7 +34,7 @@ def token_specs() -> dict[str, TokenSpec]:
 
 
 def write_tokens(folder: str | os.PathLike, *, clips: int = 24, seconds: float = 4.0, lineage=None) -> pathlib.Path:
-  """Token records in which each token repeats the one before with probability one half, so there is something to learn."""
+  """Token records in which each token repeats the one before half of the time: there is something to learn."""
   generator = np.random.default_rng(0)
 
   def stream(spec):

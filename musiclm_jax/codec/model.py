@@ -11,14 +11,9 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from musiclm_jax import axes, specs
 from musiclm_jax.nn import conv, quantize, streaming
-
-
-_BANK_PATCHES = 4
-_FLOOR = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,37 +69,12 @@ class CodecState(NamedTuple):
   decoder: streaming.State
 
 
-def _filter_bank(config: SoundStreamConfig) -> np.ndarray:
-  """Windowed cosines and sines of unit norm, spread over all frequencies: [patches, patch, width].
-
-  Layers that take several samples at a time begin as a bank of band filters over the last patches: random ones
-  spread every sound over the whole spectrum and take long to unlearn it. Our choice.
-  """
-  patches = min(config.kernel, _BANK_PATCHES)
-  taps, width = patches * config.patch, config.widths[0]
-  place = np.arange(taps)[:, None] + 0.5
-  channel = np.arange(width)
-  phase = np.pi * (channel // 2 + 0.5) / ((width + 1) // 2) * place + np.pi / 2 * (channel % 2)
-  bank = np.cos(phase) * np.sin(np.pi * place / taps) ** 2
-  return (bank / np.linalg.norm(bank, axis=0)).reshape(patches, config.patch, width)
-
-
-def _kernel_of(bank: np.ndarray, config: SoundStreamConfig) -> nnx.Param:
-  """The filters as the last taps of a convolution's kernel."""
-  zeros = np.zeros((config.kernel - len(bank), *bank.shape[1:]))
-  return nnx.Param(
-      jnp.asarray(np.concatenate([zeros, bank]), jnp.float32), axes=(None, 'channel_in', 'channel_out'))
-
-
 def make_encoder(config: SoundStreamConfig, rngs: nnx.Rngs) -> streaming.Chain:
   """[B, N, 1] audio to [B, F, D] latents (section III-A)."""
   layers: dict[str, streaming.Streamable] = {
       'patch': streaming.Fold(config.patch),
       'first': conv.CausalConv(config.patch, config.widths[0], config.kernel, rngs=rngs),
   }
-  if config.patch > 1:
-    layers['first'].w = _kernel_of(_filter_bank(config), config)
-    layers['compress'] = streaming.Compress(_FLOOR)
   for i, stride in enumerate(config.strides):
     width, next_width = config.widths[i:i + 2]
     layers |= {
@@ -128,13 +98,10 @@ def make_decoder(config: SoundStreamConfig, rngs: nnx.Rngs) -> streaming.Chain:
     layers |= {
         f'unit_{i}_{j}': conv.residual_unit(next_width, config.kernel, dilation, rngs=rngs)
         for j, dilation in enumerate(config.dilations)}
-  layers['elu'] = streaming.Expand(_FLOOR) if config.patch > 1 else streaming.Elu()
-  layers['last'] = conv.CausalConv(config.widths[0], config.patch, config.kernel, rngs=rngs)
+  layers['elu'] = streaming.Elu()
+  # A small scale: untrained output is near silence and not a burst of noise.
+  layers['last'] = conv.CausalConv(config.widths[0], config.patch, config.kernel, scale=0.1, rngs=rngs)
   layers['patch'] = streaming.Unfold(config.patch)
-  if config.patch > 1:
-    # The newest tap gives the first patch of the response to a position.
-    bank = _filter_bank(config)[::-1].transpose(0, 2, 1) * (config.patch / config.widths[0])
-    layers['last'].w = _kernel_of(bank, config)
   return streaming.Chain(layers)
 
 

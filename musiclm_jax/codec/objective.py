@@ -41,7 +41,7 @@ class LossWeights:
   feature: float = 100.0
   reconstruction: float = 1.0
   waveform: float = 0.0
-  commitment: float = 0.25
+  commitment: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,11 @@ class CodecTraining(objective.Objective):
     windows, bands, smallest_fft: of the multi-scale mel loss (64 to 2048 in powers of two, and 64, in the
       paper). Shorter windows are zero-padded to `smallest_fft` samples (0: not at all), without which most
       of their low bands are empty.
+    floor: of the mel loss: amplitudes below it count as equal. Our choice: gradients of a logarithm grow as
+      1 / amplitude, and with a floor far below what is heard the quietest cells drown all others.
     dropout_share: share of the examples that use a random number of levels, U{1..Q} (1 in the paper).
-    codebook_decay, dead_code_share: of the codebooks' moving averages; see `nn.quantize.ema_update`.
+    codebook_decay, dead_code_share: of the codebooks' moving averages; see `nn.quantize.ema_update`. The
+      paper's decay is 0.99; at a short training's learning rate codes that slow fall behind the encoder.
   """
 
   codec: soundstream.SoundStreamConfig
@@ -67,8 +70,9 @@ class CodecTraining(objective.Objective):
   windows: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
   bands: int = 64
   smallest_fft: int = 0
+  floor: float = 1e-4
   dropout_share: float = 1.0
-  codebook_decay: float = 0.99
+  codebook_decay: float = 0.97
   dead_code_share: float = 0.1
 
   groups = ('generator', 'discriminator')
@@ -179,7 +183,7 @@ class CodecTraining(objective.Objective):
     for window in self.windows:
       config = spectral.MelConfig(
           window=window, hop=window // 4, bands=self.bands, sample_rate=self.codec.sample_rate,
-          fft_size=max(window, self.smallest_fft))
+          fft_size=max(window, self.smallest_fft), floor=self.floor)
       mel = spectral.mel(both, config)
       log = jnp.log(jnp.maximum(mel, config.floor))
       linear = jnp.sum(jnp.abs(mel[:batch] - mel[batch:]), axis=-1)

@@ -21,6 +21,9 @@ _TABLES_KEPT = 384  # at most 384 tables of at most 4.2 s in float32: below 160 
 # while the timbre stays as clear as it was in a logarithmic spectrum.
 _SLOPE_HZ = 700.0
 _RELEASE = 720  # samples, 30 ms
+# Bow, breath, pick and hammer noise: broadband, at this level beside the tone, and as loud as the tone is at each
+# moment. Without it the bands above the partials hold nothing that changes.
+_AIR = 0.05
 
 # Level of each part in the mix; tables have unit level over their first 0.2 s.
 _GAIN = {'chords': 0.2, 'bass': 0.5, 'drums': 0.75}
@@ -234,6 +237,8 @@ def _table(timbre: str, pitch: int) -> np.ndarray:
   else:
     table = _TONES[timbre](440.0 * 2.0 ** ((pitch - 69) / 12))
     table = table / np.sqrt(np.mean(np.square(table[:SAMPLE_RATE // 5])))
+    loudness = _smooth(np.abs(table), 240)
+    table = table + _AIR * loudness ** 2 * _noise(table.size, pitch)
   table = table.astype(np.float32)
   table.flags.writeable = False
   return table

@@ -69,26 +69,6 @@ class Elu(Streamable):
     return jax.nn.elu(x_BxTxC), state
 
 
-class Compress(Streamable):
-  """asinh(x / floor) / 3: the sign and the logarithm of amplitudes above `floor`, and of smaller ones a part."""
-
-  def __init__(self, floor: float):
-    self.floor = floor
-
-  def step(self, x_BxTxC, state):
-    return jnp.arcsinh(x_BxTxC / self.floor) / 3, state
-
-
-class Expand(Streamable):
-  """The inverse of `Compress`, bounded at amplitudes of e^12 floors."""
-
-  def __init__(self, floor: float):
-    self.floor = floor
-
-  def step(self, x_BxTxC, state):
-    return jnp.sinh(jnp.clip(3 * x_BxTxC, -12, 12)) * self.floor, state
-
-
 class Fold(Streamable):
   """Moves `size` neighbouring positions into the channels: [B, T, C] to [B, T / size, size * C]."""
 

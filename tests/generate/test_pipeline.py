@@ -20,7 +20,8 @@ from musiclm_jax.token_lm.sample import Sampling
 MULAN, SEMANTIC = TokenSpec('mulan', 8, 12), TokenSpec('semantic', 8, 1, 25)
 ACOUSTIC = TokenSpec('acoustic', 8, 6, 50)
 COARSE, FINE = ACOUSTIC.part('coarse', 0, 2), ACOUSTIC.part('fine', 2, 4)
-STAGES = {'semantic': Stage('semantic', (MULAN,), SEMANTIC, 1.0), 'coarse': Stage('coarse', (MULAN, SEMANTIC), COARSE, 0.4),
+STAGES = {'semantic': Stage('semantic', (MULAN,), SEMANTIC, 1.0),
+          'coarse': Stage('coarse', (MULAN, SEMANTIC), COARSE, 0.4),
           'fine': Stage('fine', (COARSE,), FINE, 0.2)}
 GREEDY = {name: Sampling(0.0) for name in STAGES}
 
@@ -61,7 +62,8 @@ def test_audio_has_the_length_asked_for(cascade, seconds):
 
 
 def test_the_seed_decides(cascade):
-  run = lambda seed: pipeline.generate(cascade, ['slow piano', 'fast drums'], Settings(seconds=1.0), seed=seed).audio_BxN
+  prompts = ['slow piano', 'fast drums']
+  run = lambda seed: pipeline.generate(cascade, prompts, Settings(seconds=1.0), seed=seed).audio_BxN
   np.testing.assert_array_equal(run(1), run(1))
   assert not np.array_equal(run(1), run(2))
 
@@ -99,7 +101,8 @@ def test_a_window_continues_the_one_before(cascade):
   np.testing.assert_array_equal(again, made['acoustic'][:, 10:30, :2])
 
 
-@pytest.mark.parametrize('prompt, words', [('', 'empty'), ('  ', 'empty'), ('a very long tune ' * 40, 'the text tower reads 24')])
+@pytest.mark.parametrize('prompt, words', [
+    ('', 'empty'), ('  ', 'empty'), ('a very long tune ' * 40, 'the text tower reads 24')])
 def test_impossible_prompts_are_refused(cascade, prompt, words):
   with pytest.raises(ValueError, match=words):
     pipeline.generate(cascade, [prompt], Settings(seconds=1.0))

@@ -91,7 +91,8 @@ def test_dead_codes_become_residuals_of_their_level(fitted, x_BxTxD):
   distance = np.abs(residuals - np.asarray(new['codebook'][1, 3])).sum(-1)
   assert distance.min() < 1e-4
   np.testing.assert_allclose(metrics['restarts'], [0, 1 / K, 0, 0])
-  np.testing.assert_allclose(new['count'][1, 3], np.mean(0.99 * old['count'][1] + 0.01 * out.statistics['count'][1]), rtol=1e-5)
+  mean = np.mean(0.99 * old['count'][1] + 0.01 * out.statistics['count'][1])
+  np.testing.assert_allclose(new['count'][1, 3], mean, rtol=1e-5)
 
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole(fitted, x_BxTxD):
@@ -109,4 +110,5 @@ def test_commitment_pulls_the_input_to_its_codes(fitted, x_BxTxD):
 
 
 def test_perplexity_known_answers():
-  np.testing.assert_allclose(quantize.perplexity(jnp.array([[1., 1, 1, 1], [4, 0, 0, 0], [1, 1, 0, 0]])), [4, 1, 2], rtol=1e-5)
+  found = quantize.perplexity(jnp.array([[1., 1, 1, 1], [4, 0, 0, 0], [1, 1, 0, 0]]))
+  np.testing.assert_allclose(found, [4, 1, 2], rtol=1e-5)

@@ -17,7 +17,6 @@ CODEC = soundstream.SoundStreamConfig(
 # Name: (module, channels).
 CASES = {
     'elu': (lambda rngs: streaming.Elu(), 3),
-    'gain': (lambda rngs: streaming.Gain(0.5), 3),
     'fold': (lambda rngs: streaming.Fold(4), 3),
     'unfold': (lambda rngs: streaming.Unfold(3), 6),
     'conv': (lambda rngs: conv.CausalConv(3, 4, 7, rngs=rngs), 3),

@@ -130,6 +130,7 @@ def test_t5_bias_and_buckets_equal_the_reference():
   for causal, maximum in ((True, 128), (False, 128), (True, 2304)):
     theirs = t5.T5Attention._relative_position_bucket(
         torch.tensor(distance), bidirectional=not causal, num_buckets=32, max_distance=maximum).numpy()
-    ours = np.asarray(transformer.relative_bucket(jnp.asarray(distance), causal=causal, buckets=32, max_distance=maximum))
+    ours = np.asarray(transformer.relative_bucket(
+        jnp.asarray(distance), causal=causal, buckets=32, max_distance=maximum))
     # At the exact edge of a logarithmic bucket the two roundings may differ by one.
     assert np.mean(theirs == ours) > 0.995 and np.max(np.abs(theirs - ours)) <= 1

@@ -88,7 +88,8 @@ def test_specs_survive_json():
   assert specs.fingerprint(STAGES[0]) != specs.fingerprint(dataclasses.replace(STAGES[0], seconds=29.0))
 
 
-@pytest.mark.parametrize('kind', ['os.system', 'subprocess.Popen', 'musiclm_jax.specs.frames_in', 'musiclm_jax.nothing.X'])
+@pytest.mark.parametrize(
+    'kind', ['os.system', 'subprocess.Popen', 'musiclm_jax.specs.frames_in', 'musiclm_jax.nothing.X'])
 def test_specs_json_cannot_name_code(kind):
   text = specs.to_json(MULAN).replace('musiclm_jax.specs.TokenSpec', kind)
   with pytest.raises(ValueError, match='not a frozen dataclass'):

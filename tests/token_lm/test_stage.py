@@ -16,7 +16,8 @@ from musiclm_jax.token_lm.sequence import build, codes
 MULAN, SEMANTIC = TokenSpec('mulan', 16, 3), TokenSpec('semantic', 16, 1, 25)
 ACOUSTIC = TokenSpec('acoustic', 16, 6, 50)
 COARSE, FINE = ACOUSTIC.part('coarse', 0, 2), ACOUSTIC.part('fine', 2, 4)
-STAGES = {'semantic': Stage('semantic', (MULAN,), SEMANTIC, 0.4), 'coarse': Stage('coarse', (MULAN, SEMANTIC), COARSE, 0.2),
+STAGES = {'semantic': Stage('semantic', (MULAN,), SEMANTIC, 0.4),
+          'coarse': Stage('coarse', (MULAN, SEMANTIC), COARSE, 0.2),
           'fine': Stage('fine', (COARSE,), FINE, 0.12)}
 NET = TransformerConfig(width=32, depth=2, heads=2, mlp_width=48, dropout=0.1)
 
@@ -73,7 +74,8 @@ def test_new_numbers_do_not_compile_again():
   keys = jax.random.split(jax.random.key(0), 4)
   sample(model, objective.layout, batch, keys, Sampling(1.0))
   before = sampling._sample._cache_size()
-  sample(model, objective.layout, {**batch, 'mulan': batch['mulan'][::-1]}, keys[::-1], Sampling(0.3, top_k=4, top_p=0.5))
+  other = {**batch, 'mulan': batch['mulan'][::-1]}
+  sample(model, objective.layout, other, keys[::-1], Sampling(0.3, top_k=4, top_p=0.5))
   assert sampling._sample._cache_size() == before
 
 
@@ -82,7 +84,8 @@ def test_truncated_draws():
   keys = jax.random.split(jax.random.key(0), 400)
   def support(**changes):
     s = Sampling(**changes)
-    draws = sampling.draw(jnp.tile(logits, (400, 1)), keys, jnp.float32(s.temperature), jnp.int32(s.top_k), jnp.float32(s.top_p))
+    draws = sampling.draw(jnp.tile(logits, (400, 1)), keys, jnp.float32(s.temperature), jnp.int32(s.top_k),
+                          jnp.float32(s.top_p))
     return set(draws.tolist())
   assert support() == {0, 1, 2, 3}
   assert support(top_k=2) == {0, 1}
@@ -125,7 +128,8 @@ def test_conditions_are_used_and_can_be_dropped(stream):
   other = {**batch, stream: (batch[stream] + 3) % 16}
   assert not np.allclose(objective.token_nats(model, batch), objective.token_nats(model, other), atol=1e-5)
   keep = {stream: jnp.zeros((4,), int)}
-  np.testing.assert_allclose(objective.token_nats(model, batch, keep=keep), objective.token_nats(model, other, keep=keep), atol=1e-6)
+  dropped = [objective.token_nats(model, streams, keep=keep) for streams in (batch, other)]
+  np.testing.assert_allclose(*dropped, atol=1e-6)
 
 
 def test_training_truncates_and_drops_conditions_at_the_stated_rates():
@@ -133,5 +137,6 @@ def test_training_truncates_and_drops_conditions_at_the_stated_rates():
   shown = objective._shown_levels(jax.random.split(jax.random.key(0), 4000))
   mulan, semantic = np.asarray(shown['mulan']), np.asarray(shown['semantic'])
   assert set(mulan) == {0, 1, 2, 3} and set(semantic) == {0, 1}
-  assert np.mean(mulan == 0) == pytest.approx(0.25, abs=0.03) and np.mean(semantic == 0) == pytest.approx(0.25, abs=0.03)
+  assert np.mean(mulan == 0) == pytest.approx(0.25, abs=0.03)
+  assert np.mean(semantic == 0) == pytest.approx(0.25, abs=0.03)
   assert np.mean(mulan == 2) == pytest.approx(0.25, abs=0.03)
