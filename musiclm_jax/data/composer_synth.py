@@ -83,6 +83,11 @@ def _attack(t_T: np.ndarray, seconds: float) -> np.ndarray:
   return np.minimum(t_T / seconds, 1.0)
 
 
+def _fade(t_T: np.ndarray, rate: float) -> np.ndarray:
+  """A note begins with weight and is then let go, but never falls silent."""
+  return 0.06 + 0.94 * np.exp(-rate * t_T)
+
+
 def _guitar(hz: float) -> np.ndarray:  # plucked at a fifth of the string: every fifth harmonic is missing
   t, k = _time(2.4), np.arange(1, 17)
   rate = 2.8 * (hz / 220) ** 0.3
@@ -125,7 +130,7 @@ def _flute(hz: float) -> np.ndarray:  # nearly a sine, with breath
   t = _time(3.0)
   tone = _harmonics(_phase(hz, t, 0.002), hz, np.array([1.0, 0.16, 0.05, 0.015]), lambda n: 1.0)
   breath = _smooth(_smooth(_noise(t.size, 11), 6), 9) * (0.12 + 0.3 * np.exp(-18 * t))
-  return (tone * (1 + 0.12 * np.sin(2 * np.pi * 5 * t)) + breath) * _attack(t, 0.05)
+  return (tone * (1 + 0.12 * np.sin(2 * np.pi * 5 * t)) + breath) * _attack(t, 0.05) * _fade(t, 1.6)
 
 
 def _violin(hz: float) -> np.ndarray:
@@ -133,14 +138,14 @@ def _violin(hz: float) -> np.ndarray:
   f = k * hz
   amplitudes = k ** -0.75 * (1 + 1.2 * np.exp(-((f - 3000) / 1200) ** 2))
   tone = _harmonics(_phase(hz, t, 0.004, 5.8), hz, amplitudes, lambda n: 1.0)
-  return tone * _attack(t, 0.09)
+  return tone * _attack(t, 0.09) * _fade(t, 1.8)
 
 
 def _organ(hz: float) -> np.ndarray:  # drawbars at 16', 8', 4', 2 2/3', 2' and 1'
   t = _time(3.0)
   bars = np.zeros(16)
   bars[[0, 1, 3, 5, 7, 15]] = (0.9, 1.0, 0.8, 0.35, 0.6, 0.3)
-  return _harmonics(_phase(hz / 2, t), hz / 2, bars, lambda n: 1.0) * _attack(t, 0.008)
+  return _harmonics(_phase(hz / 2, t), hz / 2, bars, lambda n: 1.0) * _attack(t, 0.008) * _fade(t, 0.8)
 
 
 def _trumpet(hz: float) -> np.ndarray:  # a formant near 1.4 kHz that opens as the note begins
@@ -156,7 +161,7 @@ def _synth(hz: float) -> np.ndarray:  # a square wave behind a closing filter
   t, k = _time(3.0), np.arange(1, 24)
   amplitudes = np.where(k % 2 == 1, 1.0 / k ** 0.7, 0.0)
   tone = _harmonics(_phase(hz, t), hz, amplitudes, lambda n: 0.12 + 0.88 * np.exp(-0.55 * (n - 1) * t))
-  return tone * _attack(t, 0.004)
+  return tone * _attack(t, 0.004) * _fade(t, 2.4)
 
 
 def _voice(hz: float) -> np.ndarray:  # the formants of an open "ah", wide vibrato
@@ -165,13 +170,13 @@ def _voice(hz: float) -> np.ndarray:  # the formants of an open "ah", wide vibra
   formants = sum(a * np.exp(-((f - centre) / width) ** 2)
                  for centre, a, width in ((750, 1.0, 160), (1200, 0.7, 170), (2800, 0.18, 250)))
   tone = _harmonics(_phase(hz, t, 0.011, 5.0), hz, formants + 0.12 / k, lambda n: 1.0)
-  return tone * (1 + 0.15 * np.sin(2 * np.pi * 5.0 * t + 1)) * _attack(t, 0.1)
+  return tone * (1 + 0.15 * np.sin(2 * np.pi * 5.0 * t + 1)) * _attack(t, 0.1) * _fade(t, 1.6)
 
 
 def _pad(hz: float) -> np.ndarray:
   t, k = _time(4.2), np.arange(1, 7)
   tone = _harmonics(_phase(hz, t, 0.001, 0.7), hz, k ** -1.3, lambda n: 1.0)
-  return tone * _attack(t, 0.12)
+  return tone * _attack(t, 0.12) * _fade(t, 1.5)
 
 
 def _stab(hz: float) -> np.ndarray:
@@ -188,7 +193,7 @@ def _bass(hz: float) -> np.ndarray:
   t = _time(4.2)
   amplitudes = np.array([1.0, 0.6, 0.3, 0.15, 0.08])
   return (_harmonics(_phase(hz, t), hz, amplitudes, lambda n: 0.35 + 0.65 * np.exp(-(0.8 + n) * t))
-          * _attack(t, 0.008))
+          * _attack(t, 0.008) * _fade(t, 1.8))
 
 
 _TONES: dict[str, Callable[[float], np.ndarray]] = {
