@@ -3,12 +3,14 @@
 #   launch/test.sh            the fast suite
 #   launch/test.sh --slow     the slow suite
 #   launch/test.sh --all      both, and the hours-long ones
-# Everything after that goes to pytest: launch/test.sh --slow -k codec -n 4
+# Everything after that goes to pytest: launch/test.sh --slow -k codec
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/python.sh
 
+# Two workers, each on a share of the processors; a file's tests stay together, so that what they share is built once.
 selection='not slow and not soak'
+workers=(-n 2 --dist loadfile)
 case "${1:-}" in
   --slow) selection='slow and not soak'; shift ;;
   --all) selection=''; shift ;;
@@ -16,4 +18,6 @@ case "${1:-}" in
 esac
 
 ensure_environment .venv '.[dev]' --editable
-exec .venv/bin/python -m pytest ${selection:+-m "$selection"} "$@"
+# XLA on CPU takes and gives back large buffers all the time: with huge pages that are kept it is much faster.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4000000000}
+exec .venv/bin/python -m pytest "${workers[@]}" ${selection:+-m "$selection"} "$@"

@@ -106,8 +106,8 @@ def _runs(root: pathlib.Path) -> list[report.Run]:
     marker = root / 'steps' / f'{folder.name}.json'
     recorded = json.loads(marker.read_text()) if marker.exists() else {}
     runs.append(report.Run(
-        folder.name, recorded.get('seed', 0), step, recorded.get('wall_seconds', 0.0), specs.fingerprint(loaded.objective),
-        sum(x.size for x in jax.tree.leaves(loaded.params)), metrics_file))
+        folder.name, recorded.get('seed', 0), step, recorded.get('wall_seconds', 0.0),
+        specs.fingerprint(loaded.objective), sum(x.size for x in jax.tree.leaves(loaded.params)), metrics_file))
   return runs
 
 
@@ -115,7 +115,8 @@ def _environment(measure: _Measure) -> dict[str, Any]:
   import musiclm_jax
   return {'musiclm_jax': musiclm_jax.__version__, 'jax': jax.__version__, 'python': platform.python_version(),
           'device': str(jax.devices()[0].device_kind), 'processors': os.cpu_count(),
-          'music': measure.audio.manifest.summary(), 'music_fingerprint': measure.audio.fingerprint, 'seed': measure.seed}
+          'music': measure.audio.manifest.summary(), 'music_fingerprint': measure.audio.fingerprint,
+          'seed': measure.seed}
 
 
 class _Measure:
@@ -145,8 +146,9 @@ class _Measure:
     examples = []
     for i in range(len(audio_NxT)):
       example = corpus[i]
-      clip = example.pop('audio')[:length]
-      audio_NxT[i, :len(clip)] = clip
+      clip = example.pop('audio')
+      audio_NxT[i, :min(length, len(clip))] = clip[:length]
+      example['seconds'] = len(clip) / self.rate
       examples.append(example)
     return audio_NxT, examples
 
@@ -198,7 +200,7 @@ class _Measure:
       said = example['texts']
       if example.get('attributes') and words != 'test':
         _, seed, index = example['recording'].split('-')
-        said = composer.texts(composer.compose(int(seed), int(index), self.seconds), words)
+        said = composer.texts(composer.compose(int(seed), int(index), example['seconds']), words)
       chosen.append(next((t['text'] for t in said if t['kind'] == 'description'), said[0]['text']))
     return chosen
 
@@ -215,7 +217,8 @@ class _Measure:
     loaded = self.cascade.part('mulan')
     _, examples = self.held_out_pairs
     audio_NxE, text_NxE = self.pair_embeddings
-    tokens = tuple(in_batches(self.cascade.function('mulan', 'tokens'), e, batch_size=32) for e in (audio_NxE, text_NxE))
+    tokenise = self.cascade.function('mulan', 'tokens')
+    tokens = tuple(in_batches(tokenise, e, batch_size=32) for e in (audio_NxE, text_NxE))
     unknown = oracle = None
     if examples[0].get('attributes'):
       unknown = mulan_figures.embed_texts(loaded.model, self.ids(self.texts(examples, 'synonyms')))
@@ -234,8 +237,8 @@ class _Measure:
     size = min(16, len(self.audio))
     batches = AudioBatches(self.audio, seconds=seconds, batch_size=size, order='sequential', sample_rate=self.rate)
     whole = [batches(i) for i in range(min(batches.num_batches, 16)) if i == 0 or (i + 1) * size <= len(self.audio)]
-    masked = semantic_figures.masked_figures(
-        encoder.objective, encoder.model, [{k: v for k, v in b.items() if k != 'weight'} for b in whole], seed=self.seed)
+    whole = [{k: v for k, v in b.items() if k != 'weight'} for b in whole]
+    masked = semantic_figures.masked_figures(encoder.objective, encoder.model, whole, seed=self.seed)
     spec = self.cascade.token_spec('semantic')
     trained = semantic_figures.tokens(self.cascade.part('semantic').model, clips_NxT)
     untrained = semantic_figures.tokens(checkpoint.load(self.root / BASELINES / 'semantic_tokens').model, clips_NxT)
@@ -269,7 +272,8 @@ class _Measure:
     bits = stage_figures.objective_bits(loaded.objective, loaded.model)
     train = records.RecordSet(self.root / TOKENS, 'train')
     rows = (train[i][stage.target.feature] for i in range(min(len(train), 4000)))
-    figures = stage_figures.stage_figures(bits, stage, streams, np.array(recordings), rows, batch_size=16, seed=self.seed)
+    figures = stage_figures.stage_figures(bits, stage, streams, np.array(recordings), rows, batch_size=16,
+                                          seed=self.seed)
     return {**figures, 'hash': loaded.content_hash, 'steps': loaded.step}
 
   # ---- generation --------------------------------------------------------------------------------------------------
@@ -321,7 +325,8 @@ class _Measure:
     levels = (self.cascade.token_spec('codec').levels,)
     heard = lambda clips: audio_measures.round_trip(codec, clips[:, :length], levels)[1][levels[0]]
     train_NxT, train = self.clips(records.RecordSet(self.root / RECORDS, 'train'), self.amounts.judge_clips)
-    judge = judges.fit(heard(train_NxT), [e['attributes']['lead'] for e in train], sample_rate=self.rate, seed=self.seed)
+    leads = [e['attributes']['lead'] for e in train]
+    judge = judges.fit(heard(train_NxT), leads, sample_rate=self.rate, seed=self.seed)
     test_NxT, test = self.held_out
     round_trips = heard(test_NxT)
     half, count = len(test_NxT) // 2, samples_PxSxT.shape[0] * samples_PxSxT.shape[1]
