@@ -58,8 +58,9 @@ class CodecTraining(objective.Objective):
     floor: of the mel loss: amplitudes below it count as equal. Our choice: gradients of a logarithm grow as
       1 / amplitude, and with a floor far below what is heard the quietest cells drown all others.
     dropout_share: share of the examples that use a random number of levels, U{1..Q} (1 in the paper).
-    codebook_decay, dead_code_share: of the codebooks' moving averages; see `nn.quantize.ema_update`. The
-      paper's decay is 0.99; at a short training's learning rate codes that slow fall behind the encoder.
+    codebook_steps: time constant of the codebooks' moving averages in steps; the decay is 1 - 1 / codebook_steps. The
+      paper's 0.99 is 100; at a short training's learning rate codes that slow fall behind the encoder.
+    dead_code_share: see `nn.quantize.ema_update`.
   """
 
   codec: soundstream.SoundStreamConfig
@@ -72,7 +73,7 @@ class CodecTraining(objective.Objective):
   smallest_fft: int = 0
   floor: float = 1e-4
   dropout_share: float = 1.0
-  codebook_decay: float = 0.97
+  codebook_steps: int = 100
   dead_code_share: float = 0.1
 
   groups = ('generator', 'discriminator')
@@ -166,7 +167,7 @@ class CodecTraining(objective.Objective):
   def update(self, buffers: Any, statistics: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
     del key
     quantizer, metrics = quantize.ema_update(
-        buffers['quantizer'], statistics, decay=self.codebook_decay, dead_code_share=self.dead_code_share)
+        buffers['quantizer'], statistics, decay=1 - 1 / self.codebook_steps, dead_code_share=self.dead_code_share)
     per_level = metrics['perplexity']
     shown = {f'perplexity_{level + 1}': per_level[level] for level in sorted({0, self.codec.levels - 1})}
     return {**buffers, 'quantizer': quantizer}, {**shown, 'restarts': jnp.mean(metrics['restarts'])}

@@ -77,14 +77,14 @@ class Partitioner:
     return Mesh(devices, MESH_AXES)
 
   def _spec(self, names: tuple, shape: tuple[int, ...], what: str) -> PartitionSpec:
-    """Mesh axes of each dimension; an axis that is taken, or of size 1, is left out."""
+    """Mesh axes of each dimension; a mesh axis that is taken or of size 1 is left out, a single entry never split."""
     table, sizes = dict(self.rules), dict(self.mesh.shape)
     taken: set[str] = set()
     entries = []
     for name, length in zip(names, shape):
       if name is not None and name not in table:
         raise ValueError(f'{what}: no partition rule for the logical axis {name!r}')
-      mesh_axes = tuple(a for a in table.get(name, ()) if sizes[a] > 1 and a not in taken)
+      mesh_axes = tuple(a for a in table.get(name, ()) if sizes[a] > 1 and a not in taken and length > 1)
       parts = math.prod(sizes[a] for a in mesh_axes)
       if length % parts:
         raise ValueError(
