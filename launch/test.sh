@@ -8,9 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/python.sh
 
-# Two workers, each on a share of the processors; a file's tests stay together, so that what they share is built once.
+# Two workers; who is done first takes over tests of the other.
 selection='not slow and not soak'
-workers=(-n 2 --dist loadfile)
+workers=(-n 2 --dist worksteal)
 case "${1:-}" in
   --slow) selection='slow and not soak'; shift ;;
   --all) selection=''; shift ;;
