@@ -27,11 +27,11 @@ def codecs():
 
 def test_codec_figures_of_a_codec(codecs):
   clips = 0.1 * np.random.default_rng(0).standard_normal((3, 4800)).astype(np.float32)
-  before = batched._jitted.cache_info().misses
+  before = states._jitted.cache_info().misses
   figures = codec_figures.codec_figures(
       codecs[0], clips, 8, untrained=codecs[1], levels=(1, 3), more_clips_MxN=clips, batch_size=2)
   # The trained and the untrained codec share one program for encoding and one for decoding.
-  assert batched._jitted.cache_info().misses == before + 2
+  assert states._jitted.cache_info().misses == before + 2
   assert figures['si_sdr_db_by_levels'].keys() == {'1', '3'}
   assert all(np.isfinite(v) for v in figures.values() if isinstance(v, float))
   assert figures['mel_distance'] != figures['mel_distance_untrained']
