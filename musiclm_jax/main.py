@@ -113,7 +113,10 @@ def train(args: argparse.Namespace) -> None:
       raise UsageError(no_workdir) from error
     raise
   if args.distributed:
-    importlib.import_module('jax').distributed.initialize()
+    # Clusters that JAX knows (SLURM, GKE, TPU VMs) need neither; a hand-made one names its size and its place.
+    given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
+    cluster = {name: int(os.environ[variable]) for name, variable in given.items() if variable in os.environ}
+    importlib.import_module('jax').distributed.initialize(**cluster)
   if not args.workdir and not experiment.bound('workdir'):
     raise UsageError(no_workdir)
   workdir = args.workdir or experiment.argument('workdir')

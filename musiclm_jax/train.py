@@ -278,7 +278,7 @@ def make_writable(workdir: str | os.PathLike) -> None:
   path = pathlib.Path(workdir)
   try:
     path.mkdir(parents=True, exist_ok=True)
-    probe = path / '.writable'
+    probe = path / f'.writable_{os.getpid()}'
     probe.touch()
     probe.unlink()
   except OSError as error:

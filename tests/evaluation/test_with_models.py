@@ -9,7 +9,7 @@ import pytest
 
 from musiclm_jax import specs
 from musiclm_jax.codec.model import SoundStream, SoundStreamConfig
-from musiclm_jax.evaluation import batched, codec_figures, stage_figures
+from musiclm_jax.evaluation import codec_figures, stage_figures
 from musiclm_jax.training import state as states
 from musiclm_jax.nn.transformer import TransformerConfig
 from musiclm_jax.token_lm.objective import NextToken
