@@ -24,8 +24,8 @@ from musiclm_jax.cascade import Cascade
 from musiclm_jax.data import composer, records
 from musiclm_jax.data.batches import AudioBatches, TokenBatches
 from musiclm_jax.evaluation import (
-    audio_measures, codec_figures, generation_figures, judge as judges, mulan_figures, probes, report, semantic_figures,
-    stage_figures, statistics)
+    audio_measures, codec_figures, generation_figures, judge as judges, mulan_figures, pictures, probes, report,
+    semantic_figures, stage_figures, statistics)
 from musiclm_jax.evaluation.batched import in_batches
 from musiclm_jax.evaluation.report import Clip, Players
 from musiclm_jax.generate import pipeline
@@ -187,7 +187,8 @@ class _Measure:
     figures = codec_figures.codec_figures(
         loaded.model, clips_NxT[:count], spec.codebook_size, untrained=untrained,
         levels=sorted({1, 4, spec.levels}), more_clips_MxN=clips_NxT[count:], sample_rate=self.rate)
-    figures['restart_share'] = codec_figures.restart_share(_read_metrics(self.root / 'codec'))
+    figures['restart_share'] = codec_figures.restart_share(
+        pictures.read_metrics(self.root / 'codec' / 'metrics.jsonl'))
     figures |= {'bitrate': spec.bitrate, 'hash': loaded.content_hash, 'steps': loaded.step}
     return figures, self.round_trips()
 
@@ -345,11 +346,6 @@ class _Measure:
                       for p in np.exp(ngrams.unigram_QxK)], axis=-1)
     decode: Callable = self.cascade.function('codec', 'decode')
     return audio_measures.fit_length(in_batches(decode, codes.astype(np.int32), batch_size=8), length)
-
-
-def _read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
-  from musiclm_jax.evaluation.pictures import read_metrics
-  return read_metrics(folder / 'metrics.jsonl')
 
 
 def _spread_over_leads(examples: list[dict[str, Any]], count: int) -> list[int]:

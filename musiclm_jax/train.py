@@ -192,6 +192,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
   feed = prefetch(batches, first, last - first, process_index=jax.process_index(), process_count=jax.process_count())
   every = lambda step, period: period > 0 and step % period == 0
   pending: tuple[int, Any] | None = None
+  chance = {name + metrics.CHANCE_SUFFIX: level for name, level in run.objective.chance(batches.batch_size).items()}
 
   def settle() -> None:
     """Reads the metrics of the step before, while the device works on the next one."""
@@ -203,7 +204,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
     metrics.check_finite(done, values['loss'])
     report = every(done, cadence.log_every) or done == last
     if report:
-      flat = metrics.scalars(jax.device_get(values))
+      flat = {**chance, **metrics.scalars(jax.device_get(values))}
       writer.write(done, flat)
       alarm(done, flat)
     progress.update(done, f'loss {float(values["loss"]):.4f}', report=report)
