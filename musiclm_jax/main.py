@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -90,7 +89,7 @@ def prepare(args: argparse.Namespace) -> None:
   if args.captions:
     _existing(args.captions, '--captions')
   run = _late('data.prepare', 'prepare_folder')
-  options = _given(args, 'captions', 'caption_column', 'workers')
+  options = _given(args, 'captions', 'caption_column', 'min_seconds', 'workers')
   print(run(args.audio_dir, args.output_dir, progress=_progress, **options).summary())
 
 
@@ -103,22 +102,16 @@ def _progress(what: str, done: int, total: int) -> None:
 
 def train(args: argparse.Namespace) -> None:
   config = importlib.import_module('musiclm_jax.config')
-  no_workdir = '--workdir is needed: where this run keeps its checkpoints and metrics'
-  try:
-    experiment = config.load_experiment(
-        args.gin_file, args.gin_bindings, search_paths=args.gin_search_path, allow=args.allow_import,
-        provided=('workdir', 'dry_run') if args.workdir else ('dry_run',))
-  except config.ConfigError as error:
-    if not args.workdir and re.search(r'\bWORKDIR\b', str(error)):
-      raise UsageError(no_workdir) from error
-    raise
+  experiment = config.load_experiment(
+      args.gin_file, args.gin_bindings, search_paths=args.gin_search_path, allow=args.allow_import,
+      provided=('workdir', 'dry_run') if args.workdir else ('dry_run',))
   if args.distributed:
     # Clusters that JAX knows (SLURM, GKE, TPU VMs) need neither; a hand-made one names its size and its place.
     given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
     cluster = {name: int(os.environ[variable]) for name, variable in given.items() if variable in os.environ}
     importlib.import_module('jax').distributed.initialize(**cluster)
   if not args.workdir and not experiment.bound('workdir'):
-    raise UsageError(no_workdir)
+    raise UsageError('--workdir is needed: where this run keeps its checkpoints and metrics')
   workdir = args.workdir or experiment.argument('workdir')
   if args.dry_run:
     print(experiment.operative())
@@ -199,6 +192,7 @@ examples:
   p.add_argument('--audio_dir', metavar='DIR', help='wav, flac, mp3, ogg files, at any depth')
   p.add_argument('--captions', metavar='FILE', help='CSV, TSV or JSON lines: file name and text')
   p.add_argument('--caption_column', metavar='NAME', help='the column that holds the text')
+  p.add_argument('--min_seconds', metavar='S', type=_positive(float), help='shorter recordings are left out')
   p.add_argument('--composer', metavar='SIZE', type=_composer_size,
                  help=f'built-in music: {", ".join(SIZES)}, or a number of clips to train on')
   p.add_argument('--output_dir', metavar='DIR', required=True, help='where the records go')

@@ -18,7 +18,8 @@ class Aux(NamedTuple):
   """What a loss returns beside the scalar.
 
   Attributes:
-    metrics: scalars for the log, each a mean over the examples of the (micro)batch.
+    metrics: scalars for the log, each a mean over the examples of the (micro)batch. `x_chance` is the value of
+      `x` at which nothing has been learned; the trainer warns of it.
     statistics: a pytree of sums over the examples, added over microbatches and over the mesh, then handed
       to `Objective.update` once a step. Empty for most objectives.
   """
@@ -52,12 +53,12 @@ class Objective:
     raise NotImplementedError
 
   def start(self, model: nnx.Module, batch: Batch, key: jax.Array) -> Any:
-    """Buffers (pure dict of all non-`Param` variables) after a data-dependent start on the first batch.
+    """What a data-dependent start on the first batch changes: a pure dict of any of the model's variables.
 
-    Called once, before step 0 of a fresh run. None keeps the buffers that `model` was built with.
+    Called once, before step 0 of a fresh run.
     """
     del model, batch, key
-    return None
+    return {}
 
   def update(self, buffers: Any, statistics: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
     """New buffers and metrics from the statistics of one whole step."""
@@ -72,11 +73,6 @@ class Objective:
   def active(self) -> dict[str, bool]:
     """Groups whose loss weight is zero are not updated at all: Adam moves on a zero gradient."""
     return {name: True for name in self.groups}
-
-  def chance(self, batch_size: int) -> dict[str, float]:
-    """Metrics whose value at this level means that nothing was learned, for the trainer's warning."""
-    del batch_size
-    return {}
 
   def assets(self) -> dict[str, bytes]:
     """Files that the model needs beside its parameters (a vocabulary), stored in each checkpoint."""

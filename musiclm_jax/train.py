@@ -64,7 +64,7 @@ class Precision:
 
 def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: str, num_steps: int,
           partitioner: Partitioner = Partitioner(), cadence: Cadence = Cadence(), precision: Precision = Precision(),
-          eval_batches: Batches | None = None, init_from: InitFrom | None = None, seed: int = 0,
+          eval_batches: Batches | None = None, init_from: InitFrom | str | None = None, seed: int = 0,
           stop_after: int | None = None, dry_run: bool = False) -> TrainState | None:
   """Runs, or resumes, `objective` until `num_steps` steps are done.
 
@@ -75,12 +75,15 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   Args:
     batches: a pure function of the step. eval_batches: likewise, for the held-out metrics.
     optimizer: an `optimizer.Adam`, an optax transformation, or a mapping from group to either.
+    init_from: a workdir stands for all of its parameters.
     stop_after: ends early, with a checkpoint, after this step; the schedule does not change.
     dry_run: prints what would run, and what it would read and write, and stops.
 
   Returns the last state (None for a dry run). Raises ValueError for what the user can put right,
   `metrics.NonFiniteLoss` where the loss of a step is not finite.
   """
+  if isinstance(init_from, str):
+    init_from = InitFrom(init_from)
   run = _Run(objective, optimizer, workdir, partitioner, precision, init_from, seed)
   run.check(batches, precision.microbatches)
   if dry_run:
@@ -158,9 +161,12 @@ class _Run:
       logging.info('resuming %s at step %d', self.workdir, int(state.step))
       return state
     state = jax.jit(self.create, out_shardings=self.shardings)(self.init_key)
+    take_over = lambda state: state
     if self.init_from is not None:
-      state = self._take_over(state, checkpoint.load(self.init_from.workdir))
-    return self._data_dependent_start(state, batches)
+      loaded = checkpoint.load(self.init_from.workdir)
+      take_over = lambda state: self._take_over(state, loaded)
+    # A start sees the network as it will be, and changes nothing that was taken over.
+    return take_over(self._data_dependent_start(take_over(state), batches))
 
   def _take_over(self, state: TrainState, loaded: checkpoint.Loaded) -> TrainState:
     source = self.init_from
@@ -172,13 +178,13 @@ class _Run:
     return jax.tree.map(lambda x, s: jnp.copy(jax.device_put(x, s)), taken, self.shardings)
 
   def _data_dependent_start(self, state: TrainState, batches: Batches) -> TrainState:
-    """Buffers from the first batch, where the objective has such a start (codebooks by k-means)."""
-    batch = self.partitioner.global_batch(batches(0, jax.process_index(), jax.process_count()))
-    start = jax.jit(lambda s, b, key: self.objective.start(self.skeleton.model(s.params, s.buffers), b, key))
-    buffers = start(state, batch, jax.random.fold_in(self.init_key, 1))
-    if buffers is None:
+    """Variables from the first batch, where the objective has such a start (codebooks by k-means)."""
+    if type(self.objective).start is Objective.start:
       return state
-    return dataclasses.replace(state, buffers=jax.tree.map(jax.device_put, buffers, self.shardings.buffers))
+    batch = self.partitioner.global_batch(batches(0, jax.process_index(), jax.process_count()))
+    start = jax.jit(lambda s, b, key: states.started(self.objective, self.skeleton, s, b, key),
+                    out_shardings=self.shardings)
+    return start(state, batch, jax.random.fold_in(self.init_key, 1))
 
 
 def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches | None,
@@ -192,7 +198,6 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
   feed = prefetch(batches, first, last - first, process_index=jax.process_index(), process_count=jax.process_count())
   every = lambda step, period: period > 0 and step % period == 0
   pending: tuple[int, Any] | None = None
-  chance = {name + metrics.CHANCE_SUFFIX: level for name, level in run.objective.chance(batches.batch_size).items()}
 
   def settle() -> None:
     """Reads the metrics of the step before, while the device works on the next one."""
@@ -204,7 +209,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
     metrics.check_finite(done, values['loss'])
     report = every(done, cadence.log_every) or done == last
     if report:
-      flat = {**chance, **metrics.scalars(jax.device_get(values))}
+      flat = metrics.scalars(jax.device_get(values))
       writer.write(done, flat)
       alarm(done, flat)
     progress.update(done, f'loss {float(values["loss"]):.4f}', report=report)

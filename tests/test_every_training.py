@@ -1,5 +1,4 @@
 """What holds for each of the six trainings: microbatches, meshes, processes and kills change nothing."""
-import dataclasses
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from musiclm_jax import axes
 from musiclm_jax.training import checkpoint, optimizer as optimizers, state as states
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton
-from tests.trainings import STAGES, TRAININGS, experiment, write_tokens
+from tests.trainings import STAGES, TRAININGS, WAVEFORMS, experiment, write_tokens
 
 
 @pytest.fixture(scope='session')
@@ -48,10 +47,8 @@ def fresh(objective, optimizer, batches, partitioner):
   create = lambda key: states.create(objective, transform, key, keep_ema=False)
   shardings = partitioner.state_shardings(skeleton, jax.eval_shape(create, jax.random.key(0)))
   state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
-  start = jax.jit(lambda s, b: objective.start(skeleton.model(s.params, s.buffers), b, jax.random.key(1)))
-  buffers = start(state, partitioner.global_batch(batches(0)))
-  if buffers is not None:
-    state = dataclasses.replace(state, buffers=jax.tree.map(jax.device_put, buffers, shardings.buffers))
+  start = jax.jit(lambda s, b: states.started(objective, skeleton, s, b, jax.random.key(1)), out_shardings=shardings)
+  state = start(state, partitioner.global_batch(batches(0)))
   return skeleton, transform, shardings, state
 
 
@@ -133,6 +130,16 @@ def assert_same_end(a, b):
   jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
   jax.tree.map(np.testing.assert_array_equal, first.buffers, second.buffers)
   assert first.content_hash == second.content_hash
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=() if n == 'codec' else pytest.mark.slow) for n in WAVEFORMS])
+def test_a_run_takes_over_another_and_starts_nothing_anew(name, environment, tmp_path):
+  """A data-dependent start must not replace codebooks that were taken over."""
+  finish(command(name, None, tmp_path / 'first', 2), environment)
+  finish(command(name, None, tmp_path / 'second', 0, SEED=1, INIT_FROM=tmp_path / 'first'), environment)
+  first, second = (checkpoint.load(tmp_path / run) for run in ('first', 'second'))
+  jax.tree.map(np.testing.assert_array_equal, (first.params, first.buffers), (second.params, second.buffers))
+  assert (first.step, second.step) == (2, 0)
 
 
 @pytest.mark.slow

@@ -227,9 +227,9 @@ class CodecTraining(objective.Objective):
     for levels in sorted({1, min(4, self.codec.levels), self.codec.levels}):
       decoded = model.decode(indices[..., :levels])
       suffix = '' if levels == self.codec.levels else f'_{levels}_levels'
-      distance_B = log_mel_distance(audio, decoded, self.codec.sample_rate)
+      distance_B = spectral.log_mel_distance(audio, decoded, self.codec.sample_rate)
       metrics[f'log_mel_distance{suffix}'] = jnp.mean(distance_B)
-      metrics[f'si_sdr{suffix}'] = jnp.mean(si_sdr(audio, decoded))
+      metrics[f'si_sdr{suffix}'] = jnp.nanmean(spectral.si_sdr(audio, decoded))
     return metrics
 
 
@@ -241,21 +241,3 @@ class TrainedSoundStream(soundstream.SoundStream):
       rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     self.discriminators = discriminators.Discriminators(judges, rngs=rngs)
-
-
-def log_mel_distance(x_BxN: jax.Array, y_BxN: jax.Array, sample_rate: int = 24000) -> jax.Array:
-  """Mean absolute difference of log-mel spectrograms [B], in nepers: 64 bands, windows 512, 1024, 2048."""
-  total = jnp.zeros((x_BxN.shape[0],))
-  for window in (512, 1024, 2048):
-    config = spectral.MelConfig(window=window, hop=window // 4, bands=64, sample_rate=sample_rate)
-    difference = spectral.log_mel(x_BxN, config) - spectral.log_mel(y_BxN, config)
-    total += jnp.mean(jnp.abs(difference), axis=(1, 2)) / 3
-  return total
-
-
-def si_sdr(reference_BxN: jax.Array, estimate_BxN: jax.Array) -> jax.Array:
-  """Scale-invariant signal-to-distortion ratio [B] in dB (arXiv 1811.02508), without removing the means."""
-  energy = jnp.sum(jnp.square(reference_BxN), axis=-1, keepdims=True) + 1e-9
-  target = jnp.sum(reference_BxN * estimate_BxN, axis=-1, keepdims=True) / energy * reference_BxN
-  noise = jnp.sum(jnp.square(estimate_BxN - target), axis=-1)
-  return 10 * jnp.log10((jnp.sum(jnp.square(target), axis=-1) + 1e-9) / (noise + 1e-9))

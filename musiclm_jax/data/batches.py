@@ -39,6 +39,9 @@ class Tokenizer(Protocol):
   @property
   def content_hash(self) -> str: ...
 
+  @property
+  def vocab_size(self) -> int: ...
+
   def encode(self, text: str, length: int) -> np.ndarray: ...
 
 
@@ -287,17 +290,22 @@ class AudioTextBatches(AudioBatches):
   Attributes:
     tokenizer: `encode(text, text_length)` gives the ids.
     text_length: L.
+    vocab_size: rows of the embedding that the ids look up, which must be enough; 0 is not checked.
     kinds: rate of each kind of text.
   """
 
   _: dataclasses.KW_ONLY
   tokenizer: Tokenizer
   text_length: int
+  vocab_size: int = 0
   kinds: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(TEXT_RATES))
 
   def __post_init__(self):
     if not self.kinds or any(rate <= 0 for rate in self.kinds.values()):
       raise ValueError(f'the rates of the kinds of text must be positive, found {dict(self.kinds)}')
+    if self.vocab_size and self.vocab_size < self.tokenizer.vocab_size:
+      raise ValueError(f'the vocabulary has {self.tokenizer.vocab_size} pieces and the text tower only '
+                       f'{self.vocab_size} rows: set MULAN_TEXT_VOCAB to as many or more')
     super().__post_init__()
 
   def _usable(self, corpus: source.Corpus) -> np.ndarray | None:

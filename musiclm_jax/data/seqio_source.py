@@ -246,7 +246,7 @@ class _Pipeline:
     self._name = name
     waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     dataset = tf.data.Dataset.from_generator(lambda: iter(waiting.get, None), output_signature=dict(spec))
-    self._waiting = waiting
+    self._waiting, self._ended = waiting, False
     self._elements = iter(preprocess(dataset).as_numpy_iterator())
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='seqio')
     # A pipeline that still waits for its queue when the interpreter ends would hang it.
@@ -261,16 +261,25 @@ class _Pipeline:
       # In a thread of its own, because a preprocessor that waits for more elements would block for ever.
       return self._thread.submit(lambda: [next(self._elements) for _ in elements]).result(_TIMEOUT)
     except concurrent.futures.TimeoutError:
-      self.close()
+      self._waiting.put(None)  # the thread that waits comes to its end
+      self._thread.shutdown(wait=False)
+      self._ended = True
       raise ValueError(f'the preprocessors of the task {self._name!r} hold elements back (do they shuffle, '
                        'batch or filter?)') from None
     except StopIteration:
       raise ValueError(f'the preprocessors of the task {self._name!r} end early') from None
 
   def close(self) -> None:
-    """Ends the pipeline. Safe to call twice."""
-    self._waiting.put(None)
-    self._thread.shutdown(wait=False)
+    """Ends the pipeline and waits until it has ended. Safe to call twice.
+
+    A thread of TensorFlow that still runs Python code while the interpreter ends waits for it for ever.
+    """
+    if not self._ended:
+      self._ended = True
+      self._waiting.put(None)
+      self._thread.shutdown()
+      for _ in self._elements:
+        pass
 
 
 def open_task(name: str, split: str) -> TaskCorpus | source.Mixture:

@@ -14,22 +14,9 @@ from musiclm_jax.evaluation import batched
 from musiclm_jax.training import state as states
 from musiclm_jax.nn import spectral
 
-WINDOWS = (512, 1024, 2048)
-BANDS = 64
-FLOOR = 1e-5
-
-
-@functools.lru_cache(maxsize=8)
-def mel_configs(sample_rate: int) -> tuple[spectral.MelConfig, ...]:
-  """The spectrograms of the mel distance: windows 512, 1024 and 2048, hop a quarter of the window."""
-  return tuple(
-      spectral.MelConfig(sample_rate=sample_rate, window=w, hop=w // 4, bands=BANDS, floor=FLOOR)
-      for w in WINDOWS)
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def _log_mels(x_BxN: jax.Array, sample_rate: int) -> tuple[jax.Array, ...]:
-  return tuple(spectral.log_mel(x_BxN, config) for config in mel_configs(sample_rate))
+  return tuple(spectral.log_mel(x_BxN, config) for config in spectral.distance_mels(sample_rate))
 
 
 def log_mels(x_BxN: np.ndarray, *, sample_rate: int = 24000, batch_size: int = 8) -> tuple[np.ndarray, ...]:
@@ -47,8 +34,7 @@ def mel_distance(
     reference_BxN: np.ndarray, estimate_BxN: np.ndarray, *, sample_rate: int = 24000) -> np.ndarray:
   """Mean |ln mel(reference) - ln mel(estimate)| over windows, frames and bands; [B], 0 for equal clips.
 
-  Amplitude mel spectrograms of 64 bands with a floor of 1e-5, windows 512, 1024 and 2048 at a hop of a
-  quarter of the window. 0.69 (ln 2) means that amplitudes are off by a factor of 2 on average.
+  `spectral.log_mel_distance` in batches: 0.69 (ln 2) means that amplitudes are off by a factor of 2 on average.
   """
   return _distance(log_mels(reference_BxN, sample_rate=sample_rate),
                    log_mels(estimate_BxN, sample_rate=sample_rate))
@@ -67,8 +53,9 @@ def mel_distance_baselines(
   noise_BxN = rng.standard_normal(clips_BxN.shape, dtype=np.float32)
   noise_BxN *= np.sqrt(np.mean(np.square(clips_BxN), axis=1, keepdims=True))
   mels = log_mels(clips_BxN, sample_rate=sample_rate)
+  floors = [config.floor for config in spectral.distance_mels(sample_rate)]
   answers = {
-      'silence': tuple(np.full((1, 1, BANDS), np.log(FLOOR), np.float32) for _ in mels),
+      'silence': tuple(np.full((1, 1, 1), np.log(floor), np.float32) for floor in floors),
       'white_noise': log_mels(noise_BxN, sample_rate=sample_rate),
       'set_median': tuple(np.median(x, axis=(0, 1), keepdims=True) for x in mels),
       'clip_median': tuple(np.median(x, axis=1, keepdims=True) for x in mels),
@@ -79,23 +66,8 @@ def mel_distance_baselines(
 
 
 def si_sdr(reference_BxN: np.ndarray, estimate_BxN: np.ndarray) -> np.ndarray:
-  """Scale-invariant signal-to-distortion ratio in dB, [B] (Le Roux et al., arXiv 1811.02508, eq. 5).
-
-  Both signals are made zero-mean first. Clips without any sound have no such ratio: NaN.
-  """
-  reference_BxN = np.asarray(reference_BxN, np.float64)
-  estimate_BxN = np.asarray(estimate_BxN, np.float64)
-  reference_BxN = reference_BxN - reference_BxN.mean(axis=1, keepdims=True)
-  estimate_BxN = estimate_BxN - estimate_BxN.mean(axis=1, keepdims=True)
-  energy_B = np.sum(reference_BxN**2, axis=1)
-  silent_B = energy_B <= 1e-12 * reference_BxN.shape[1]
-  scale_B = np.sum(reference_BxN * estimate_BxN, axis=1) / np.where(silent_B, 1.0, energy_B)
-  target_BxN = scale_B[:, None] * reference_BxN
-  target_energy_B = np.sum(target_BxN**2, axis=1)
-  error_energy_B = np.sum((estimate_BxN - target_BxN)**2, axis=1)
-  # Keeps a perfect and an unrelated estimate finite, at +300 and -300 dB.
-  ratio_B = np.clip(target_energy_B / np.maximum(error_energy_B, 1e-300), 1e-30, 1e30)
-  return np.where(silent_B, np.nan, 10 * np.log10(ratio_B))
+  """`spectral.si_sdr` in float64: dB, [B], NaN for silent clips."""
+  return spectral.si_sdr(np.asarray(reference_BxN, np.float64), np.asarray(estimate_BxN, np.float64))
 
 
 def round_trip(

@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 import io
-import json
 import pathlib
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import soundfile
 
 from musiclm_jax.nn import spectral
+from musiclm_jax.training import metrics
 
 _COLOURS = ('#2563eb', '#d97706', '#059669', '#be185d', '#6d28d9', '#475569')
 _TICKS_HZ = (100, 300, 1000, 3000, 10000)
@@ -71,21 +71,13 @@ def spectrogram_uri(audio_N: np.ndarray, sample_rate: int = 24000) -> str:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Lines of a metrics file joined by step, in order; of a step that was run twice, the later line.
+  """Lines of a metrics file (`training.metrics.read`) joined by step, in order; of a step that was run twice, the
+  later line.
 
-  What a line of another part than 'train' holds is named after it ("eval/loss"). A last line that a stopped
-  process left half-written is skipped. A missing file has no lines.
+  What a line of another part than 'train' holds is named after it ("eval/loss").
   """
-  if not pathlib.Path(path).exists():
-    return []
   rows: dict[int, dict[str, Any]] = {}
-  for line in pathlib.Path(path).read_text(encoding='utf-8').splitlines():
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if not isinstance(row, dict) or not isinstance(row.get('step'), int):
-      continue
+  for row in metrics.read(path):
     part = row.pop('part', 'train')
     prefix = '' if part == 'train' else f'{part}/'
     step = row.pop('step')

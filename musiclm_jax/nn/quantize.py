@@ -193,17 +193,20 @@ def lloyd_step(codebook_KxD: jax.Array, count_K: jax.Array, sum_KxD: jax.Array) 
   return jnp.where(count_K[:, None] > 0, sum_KxD / jnp.maximum(count_K, 1e-9)[:, None], codebook_KxD)
 
 
-def kmeans_start(x_NxD: jax.Array, levels: int, codebook_size: int, key: jax.Array, *,
-                 iterations: int = 10) -> dict[str, jax.Array]:
+def kmeans(x_NxD: jax.Array, count: int, key: jax.Array, *, iterations: int = 10) -> jax.Array:
+  """Centres [count, D] of rows that fit in memory; `accumulate` fits those that do not."""
+
+  def lloyd(_, centres):
+    return lloyd_step(centres, *code_sums(x_NxD, nearest(x_NxD, centres), count))
+
+  return jax.lax.fori_loop(0, iterations, lloyd, spread_rows(x_NxD, count, key))
+
+
+def kmeans_start(x_NxD: jax.Array, levels: int, codebook_size: int, key: jax.Array) -> dict[str, jax.Array]:
   """Buffers of a quantizer fitted to rows by residual k-means, level after level: the data-dependent start."""
 
   def level(residual, level_key):
-    codes = spread_rows(residual, codebook_size, level_key)
-
-    def lloyd(_, codes):
-      return lloyd_step(codes, *code_sums(residual, nearest(residual, codes), codebook_size))
-
-    codes = jax.lax.fori_loop(0, iterations, lloyd, codes)
+    codes = kmeans(residual, codebook_size, level_key)
     index = nearest(residual, codes)
     count, total = code_sums(residual, index, codebook_size)
     # Counts start at their mean at least, so that no code counts as dead before it had a chance.

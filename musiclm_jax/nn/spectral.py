@@ -1,4 +1,4 @@
-"""Short-time Fourier transform and log-mel spectrogram.
+"""Short-time Fourier transform, log-mel spectrogram, and how far two signals are apart.
 
 B batch, N samples, F frames, W window, C frequency bins, M mel bands.
 """
@@ -141,3 +141,37 @@ def log_mel(x_BxN: jax.Array, config: MelConfig, *, padded: bool = True) -> jax.
   With `padded` (the default) a signal of a multiple of `hop` samples has exactly N // hop frames.
   """
   return jnp.log(jnp.maximum(mel(x_BxN, config, padded=padded), config.floor))
+
+
+@functools.lru_cache(maxsize=8)
+def distance_mels(sample_rate: int) -> tuple[MelConfig, ...]:
+  """The spectrograms that `log_mel_distance` compares: windows 512, 1024 and 2048, hop a quarter of the window."""
+  return tuple(MelConfig(sample_rate=sample_rate, window=w, hop=w // 4, bands=64, floor=1e-5)
+               for w in (512, 1024, 2048))
+
+
+def log_mel_distance(x_BxN: jax.Array, y_BxN: jax.Array, sample_rate: int = 24000) -> jax.Array:
+  """Mean |ln mel(x) - ln mel(y)| over `distance_mels`, frames and bands, [B]; ln 2 is a factor of 2 on average."""
+  distances = [jnp.mean(jnp.abs(log_mel(x_BxN, config) - log_mel(y_BxN, config)), axis=(1, 2))
+               for config in distance_mels(sample_rate)]
+  return sum(distances) / len(distances)
+
+
+def si_sdr(reference_BxN: jax.Array | np.ndarray, estimate_BxN: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+  """Scale-invariant signal-to-distortion ratio in dB, [B] (Le Roux et al., arXiv 1811.02508, eq. 5).
+
+  Arrays of JAX or of NumPy, in their own precision. Both signals are made zero-mean first. Clips without any sound
+  have no such ratio: NaN.
+  """
+  xp = reference_BxN.__array_namespace__()
+  reference_BxN = reference_BxN - xp.mean(reference_BxN, axis=-1, keepdims=True)
+  estimate_BxN = estimate_BxN - xp.mean(estimate_BxN, axis=-1, keepdims=True)
+  energy_B = xp.sum(reference_BxN**2, axis=-1)
+  silent_B = energy_B <= 1e-12 * reference_BxN.shape[-1]
+  scale_B = xp.sum(reference_BxN * estimate_BxN, axis=-1) / xp.where(silent_B, 1.0, energy_B)
+  target_BxN = scale_B[..., None] * reference_BxN
+  error_B = xp.sum((estimate_BxN - target_BxN)**2, axis=-1)
+  target_B = xp.sum(target_BxN**2, axis=-1)
+  # The limits keep a perfect and an unrelated estimate finite, at +300 and -300 dB.
+  ratio_B = xp.maximum(target_B, 1e-30) / xp.maximum(error_B, 1e-30 * xp.maximum(target_B, 1e-7))
+  return xp.where(silent_B, xp.nan, 10 * xp.log10(ratio_B))

@@ -18,6 +18,7 @@ import numpy as np
 
 from musiclm_jax.nn.conformer import Conformer, ConformerConfig
 from musiclm_jax.nn.conv import Conv2d
+from musiclm_jax.nn.quantize import kmeans
 from musiclm_jax.nn.spectral import MelConfig, log_mel
 from musiclm_jax.nn.transformer import Linear, Norm
 
@@ -84,12 +85,26 @@ class GumbelQuantizer(nnx.Module):
 
   def __init__(self, width: int, groups: int, codes: int, code_width: int, *, rngs: nnx.Rngs):
     self.shape = (groups, codes)
-    # Unit weights on normalised features, as wav2vec 2.0 starts: a random partition, sharp from step 0.
+    # A random partition, sharp from step 0 (unit weights on normalised features, as wav2vec 2.0 starts), until
+    # `kmeans_start` gives a better one.
     self.logits = Linear(
         width, groups * codes, axes=('embed', 'codebook'), bias=True, scale=width**0.5, rngs=rngs)
     vectors = jax.random.normal(rngs.params(), (groups, codes, code_width // groups))
     self.vectors = nnx.Param(vectors, axes=(None, 'codebook', None))
     self.project = Linear(code_width, code_width, bias=True, rngs=rngs)
+
+  def kmeans_start(self, rows_NxD: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights and biases of the logits with which the code of a row is the nearest centre of a k-means.
+
+    Distances are between features of variance 1: with z the normalised row, the logit of centre c is
+    z c - |c|^2 / 2, which is -|z - c|^2 / 2 but for a term that all codes share.
+    """
+    mean_D, deviation_D = jnp.mean(rows_NxD, axis=0), jnp.maximum(jnp.std(rows_NxD, axis=0), 1e-3)
+    normal_NxD = (rows_NxD - mean_D) / deviation_D
+    centres = [kmeans(normal_NxD, self.shape[1], k) for k in jax.random.split(key, self.shape[0])]
+    centres_VxD = jnp.concatenate(centres)
+    bias_V = -centres_VxD @ (mean_D / deviation_D) - jnp.sum(jnp.square(centres_VxD), axis=-1) / 2
+    return (centres_VxD / deviation_D).T, bias_V
 
   def __call__(self, x_BxTxD: jax.Array, *, temperature: jax.Array | float = 1.0,
                keys_B: jax.Array | None = None) -> Codes:

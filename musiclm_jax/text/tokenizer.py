@@ -43,14 +43,14 @@ class Tokenizer:
           f'this SentencePiece model has padding id {pad}, not {PAD_ID}: train it with pad_id={PAD_ID}')
 
   @classmethod
-  def builtin(cls) -> Tokenizer:
-    """The vocabulary that comes with the package: English words of music."""
-    return cls(_builtin_bytes())
+  def load(cls, vocabulary: str | os.PathLike = 'builtin') -> Tokenizer:
+    """Reads a `.model` file; "builtin" is the vocabulary that comes with the package: English words of music.
 
-  @classmethod
-  def from_file(cls, path: str | os.PathLike) -> Tokenizer:
-    """Reads a `.model` file. Raises FileNotFoundError, or ValueError for a file of another kind."""
-    path = pathlib.Path(path)
+    Raises FileNotFoundError, or ValueError for a file of another kind.
+    """
+    if vocabulary == 'builtin':
+      return cls(_builtin_bytes())
+    path = pathlib.Path(vocabulary)
     if not path.is_file():
       raise FileNotFoundError(f'no vocabulary file {path}')
     try:

@@ -30,8 +30,8 @@ class NextToken(Objective):
     transformer: the network.
     condition_dropout: probability of hiding each condition of an example, whole: trains the null rows that
       guidance and unconditional generation need.
-    truncate: conditions of which only a random number of first levels (at least one) is shown. A text's tokens agree
-      with those of its audio at the first levels only, so the model must do with those.
+    truncate: conditions of which only the first n levels are shown, n with a probability of about 1 / n. A text's
+      tokens agree with those of its audio at the first levels only, so the model must do with those.
   """
 
   stage: Stage
@@ -60,7 +60,9 @@ class NextToken(Objective):
     for i, spec in enumerate(self.stage.conditions):
       def draw(key, spec=spec, i=i):
         drop_key, level_key = jax.random.split(jax.random.fold_in(key, i))
-        levels = jax.random.randint(level_key, (), 1, spec.levels + 1) if spec.name in self.truncate else spec.levels
+        levels = spec.levels
+        if spec.name in self.truncate:
+          levels = 1 + jax.random.categorical(level_key, -jnp.log(jnp.arange(1.0, spec.levels + 1)))
         return jnp.where(jax.random.bernoulli(drop_key, self.condition_dropout), 0, levels)
       shown[spec.name] = jax.vmap(draw)(keys_B)
     return shown

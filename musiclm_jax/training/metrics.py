@@ -45,7 +45,7 @@ class MetricsWriter:
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     self._active = jax.process_index() == 0
     if self._active and self._path.exists():
-      kept = [line for line in read(workdir) if line['step'] <= first_step]
+      kept = [line for line in read(self._path) if line['step'] <= first_step]
       temporary = self._path.with_suffix('.partial')
       temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
       temporary.replace(self._path)
@@ -56,15 +56,18 @@ class MetricsWriter:
         file.write(json.dumps({'step': step, 'part': part, **values}) + '\n')
 
 
-def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """The lines written so far; a torn last line is left out."""
-  path = pathlib.Path(workdir) / 'metrics.jsonl'
+def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The lines of a metrics file so far; what a stopped process left half-written is skipped, a missing file has none.
+  """
+  path = pathlib.Path(path)
   lines = []
-  for line in path.read_text().splitlines() if path.exists() else []:
+  for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
     try:
-      lines.append(json.loads(line))
+      row = json.loads(line)
     except ValueError:
       continue
+    if isinstance(row, dict) and isinstance(row.get('step'), int):
+      lines.append(row)
   return lines
 
 

@@ -12,6 +12,16 @@ from musiclm_jax.objective import Objective
 from musiclm_jax.training.state import labels
 
 
+# Biases and scales of norms, which have a second axis where layers are stacked.
+_VECTORS = ('b', 'bias', 'scale')
+
+
+def _matrices(params: Any) -> Any:
+  """Which parameters weight decay acts on."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, p: p.ndim > 1 and getattr(path[-1], 'key', None) not in _VECTORS, params)
+
+
 @dataclasses.dataclass(frozen=True)
 class Adam:
   """Adam with decoupled weight decay (arXiv 1711.05101), gradient clipping and a learning rate schedule.
@@ -22,7 +32,7 @@ class Adam:
     decay_steps: steps from the start to the end of the decay: a length of its own, never the number of
       steps of the run, so that a longer run or a debug run does not change the schedule.
     schedule: "constant", "cosine" (to `final_share` of the peak) or "inverse_sqrt".
-    weight_decay: on matrices only.
+    weight_decay: on matrices only, not on biases and the scales of norms.
     clip_norm: bound on the global norm of the group's gradient; 0 for none.
   """
 
@@ -53,11 +63,10 @@ class Adam:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
   def transform(self) -> optax.GradientTransformation:
-    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     return optax.chain(
         optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
         optax.scale_by_adam(self.b1, self.b2, self.epsilon),
-        optax.add_decayed_weights(self.weight_decay, matrices) if self.weight_decay else optax.identity(),
+        optax.add_decayed_weights(self.weight_decay, _matrices) if self.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(self.rate()))
 
 

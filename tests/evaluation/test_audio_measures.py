@@ -1,10 +1,12 @@
 """The mel distance, its baselines and SI-SDR on signals with known answers."""
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from musiclm_jax.evaluation import audio_measures, codec_figures
+from musiclm_jax.nn import spectral
 
 RATE = 24000
 
@@ -46,6 +48,13 @@ def test_constant_sound_is_its_own_median():
   baselines = audio_measures.mel_distance_baselines(steady)
   assert baselines['clip_median'][0] < 0.25
   assert 'another_clip' not in baselines
+
+
+def test_training_and_report_measure_the_same():
+  x = tones()
+  y = x + 0.05 * np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+  np.testing.assert_allclose(spectral.log_mel_distance(x, y), audio_measures.mel_distance(x, y), rtol=1e-5)
+  np.testing.assert_allclose(spectral.si_sdr(jnp.asarray(x), jnp.asarray(y)), audio_measures.si_sdr(x, y), atol=1e-3)
 
 
 def test_si_sdr_ignores_scale_and_offset():

@@ -29,7 +29,7 @@ GREEDY = {name: Sampling(0.0) for name in STAGES}
 class StandIn:
   """A cascade with real, untrained stages and a codec that writes its codes as samples."""
 
-  tokenizer = Tokenizer.builtin()
+  tokenizer = Tokenizer.load()
 
   @functools.cache  # noqa: B019
   def stage(self, name):

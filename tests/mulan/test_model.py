@@ -113,7 +113,7 @@ def test_text_of_wrong_length_and_window_of_wrong_length_are_named():
 
 def test_the_vocabulary_travels_with_the_model(tmp_path):
   cfg = configs.config()
-  assert cfg.assets() == {'vocabulary.model': Tokenizer.builtin().model_bytes}
+  assert cfg.assets() == {'vocabulary.model': Tokenizer.load().model_bytes}
   (tmp_path / 'own.model').write_bytes(b'bytes')
   own = dataclasses.replace(cfg, vocabulary=str(tmp_path / 'own.model'))
   for objective in (MuLanTraining(own), MuLanTokens(own)):

@@ -42,5 +42,7 @@ def split(model: nnx.Module) -> tuple[Any, Any, Any]:
 
 def started(objective: W2vBertTraining, seed: int = 0) -> nnx.Module:
   model = objective.model(nnx.Rngs(seed))
-  graphdef, params, _ = split(model)
-  return nnx.merge(graphdef, params, objective.start(model, batch(objective), jax.random.key(0)))
+  found = objective.start(model, batch(objective), jax.random.key(0))  # sets the mel statistics too
+  for name, value in found['quantizer']['logits'].items():
+    getattr(model.quantizer.logits, name)[...] = value
+  return model

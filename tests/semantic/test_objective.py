@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 from flax import nnx
 import jax
@@ -175,7 +176,38 @@ def test_evaluation_is_the_same_every_time_and_start_normalises():
   (first, aux), _ = run(params, buffers, batch, training=False)
   (second, _), _ = run(params, buffers, batch, training=False)
   assert float(first) == float(second)
-  assert set(objective.chance(4)) <= set(aux.metrics)
+  assert float(aux.metrics['contrastive_chance']) == pytest.approx(math.log(1 + objective.negatives))
+  assert float(aux.metrics['masked_cross_entropy_chance']) == float(aux.metrics['target_entropy'])
+
+
+def test_codes_start_as_clusters_of_the_features():
+  generator = np.random.default_rng(0)
+  cluster = generator.integers(0, 8, 400)
+  centres = generator.normal(size=(8, 16))
+  # Dimensions of very different spread count alike.
+  rows = (centres[cluster] + generator.normal(0, 0.05, (400, 16))) * np.geomspace(0.01, 10, 16) + 3
+  quantizer = GumbelQuantizer(16, 2, 8, 12, rngs=nnx.Rngs(0))
+  quantizer.logits.w[...], quantizer.logits.b[...] = quantizer.kmeans_start(jnp.float32(rows), KEY)
+  ids = np.asarray(quantizer(jnp.float32(rows)[None]).ids_BxTxG)[0]
+  for group in ids.T:
+    assert len({(c, i) for c, i in zip(cluster, group)}) == 8 == len(set(group))
+
+
+def test_the_codes_do_not_shape_the_features():
+  _, params, buffers, _ = _loss()
+  # Where all codes are used alike, diversity has no gradient.
+  buffers = {**buffers, 'soft_usage': jax.nn.softmax(jax.random.normal(KEY, buffers['soft_usage'].shape))}
+  gradients = []
+  for weight in (0.0, 1.0):
+    objective = configs.training(diversity_weight=weight)
+    graphdef, _, _ = configs.split(configs.started(objective))
+    loss = lambda p: objective.loss(nnx.merge(graphdef, p, buffers), configs.batch(objective), KEY, training=True)[0]
+    gradients.append(jax.jit(jax.grad(loss))(params))
+  without, with_diversity = gradients
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+               without['subsampling'], with_diversity['subsampling'])
+  difference = np.abs(without['quantizer']['logits']['w'] - with_diversity['quantizer']['logits']['w'])
+  assert difference.max() > 1e-5
 
 
 def test_a_few_steps_learn_the_targets():

@@ -22,7 +22,7 @@ BUILTIN_SHA256 = 'c50ec3db84914728155c67f410bac88559bec326425774d8a9243fec52b7c4
 
 @pytest.fixture(scope='module')
 def builtin() -> Tokenizer:
-  return Tokenizer.builtin()
+  return Tokenizer.load()
 
 
 def test_the_built_in_vocabulary_is_the_pinned_file(builtin):
@@ -93,17 +93,17 @@ def test_models_travel_as_bytes_files_and_pickles(builtin, tmp_path):
   path = tmp_path / 'some.model'
   path.write_bytes(builtin.model_bytes)
   copied = pickle.loads(pickle.dumps(builtin))
-  for other in (Tokenizer(builtin.model_bytes), Tokenizer.from_file(path), copied):
+  for other in (Tokenizer(builtin.model_bytes), Tokenizer.load(path), copied):
     assert other == builtin and hash(other) == hash(builtin)
     np.testing.assert_array_equal(other.encode('soft organ', 6), builtin.encode('soft organ', 6))
 
 
 def test_errors_name_the_cause(tmp_path):
   with pytest.raises(FileNotFoundError, match='no vocabulary file .*missing.model'):
-    Tokenizer.from_file(tmp_path / 'missing.model')
+    Tokenizer.load(tmp_path / 'missing.model')
   (tmp_path / 'broken.model').write_bytes(b'not a model')
   with pytest.raises(ValueError, match='broken.model: 11 bytes are no SentencePiece model'):
-    Tokenizer.from_file(tmp_path / 'broken.model')
+    Tokenizer.load(tmp_path / 'broken.model')
   with pytest.raises(ValueError, match='no SentencePiece model'):
     Tokenizer(b'')
   with pytest.raises(ValueError, match='at least one sentence'):
@@ -122,7 +122,7 @@ def test_a_model_with_another_padding_id_is_refused():
 
 
 def test_no_tensorflow_is_needed():
-  code = ('import sys, musiclm_jax.data.composer, musiclm_jax.text.tokenizer as t; t.Tokenizer.builtin(); '
+  code = ('import sys, musiclm_jax.data.composer, musiclm_jax.text.tokenizer as t; t.Tokenizer.load(); '
           'assert not {"tensorflow", "jax", "seqio"} & set(sys.modules)')
   subprocess.run([sys.executable, '-c', code], check=True, timeout=60,
                  cwd=pathlib.Path(tokenizer.__file__).parents[2])

@@ -139,4 +139,5 @@ def test_training_truncates_and_drops_conditions_at_the_stated_rates():
   assert set(mulan) == {0, 1, 2, 3} and set(semantic) == {0, 1}
   assert np.mean(mulan == 0) == pytest.approx(0.25, abs=0.03)
   assert np.mean(semantic == 0) == pytest.approx(0.25, abs=0.03)
-  assert np.mean(mulan == 2) == pytest.approx(0.25, abs=0.03)
+  for levels in (1, 2, 3):
+    assert np.mean(mulan == levels) == pytest.approx(0.75 / levels / (1 + 1 / 2 + 1 / 3), abs=0.03)

@@ -56,6 +56,28 @@ def test_moving_average_of_the_parameters():
   np.testing.assert_allclose(after.ema['w'], 0.9 * before.params['w'] + 0.1 * after.params['w'], rtol=1e-6)
 
 
+def test_a_start_may_change_any_variable_and_no_other():
+  objective = Regression()
+  transform = optimizers.by_group(objective, jax.eval_shape(lambda: states.split_model(objective.model(
+      states.nnx.Rngs(0)))[0]), Adam(0.1))
+  state = states.create(objective, transform, jax.random.key(0), keep_ema=True)
+
+  class Started(Regression):
+    found = {'extra': jnp.array([5.0, 6.0]), 'seen': jnp.array(7.0)}
+
+    def start(self, model, batch, key):
+      return self.found
+
+  started = states.started(Started(), Skeleton.of(objective), state, Batches(8)(0), jax.random.key(1))
+  np.testing.assert_array_equal(started.params['extra'], [5, 6])
+  np.testing.assert_array_equal(started.ema['extra'], [5, 6])
+  np.testing.assert_array_equal(started.params['w'], state.params['w'])
+  assert float(started.buffers['seen']) == 7
+  Started.found = {'nothing': jnp.zeros(())}
+  with pytest.raises(ValueError, match='names variables that the model does not have'):
+    states.started(Started(), Skeleton.of(objective), state, Batches(8)(0), jax.random.key(1))
+
+
 def test_bfloat16_compute_keeps_float32_parameters():
   _, after, _ = one_step(Regression(), compute_dtype=jnp.bfloat16)
   assert {x.dtype for x in jax.tree.leaves(after.params)} == {jnp.dtype('float32')}
@@ -80,10 +102,12 @@ def test_the_schedule_has_a_length_of_its_own():
 
 
 def test_weight_decay_spares_vectors():
-  zero = jax.tree.map(jnp.zeros_like, {'w': jnp.ones((2, 2)), 'b': jnp.ones((2,))})
+  stacked = {'w': jnp.ones((3, 2, 2)), 'b': jnp.ones((3, 2)), 'scale': jnp.ones((3, 2))}
+  params = {'w': jnp.ones((2, 2)), 'b': jnp.ones((2,)), 'layers': stacked}
   transform = Adam(1.0, weight_decay=0.5, clip_norm=0.0).transform()
-  params = {'w': jnp.ones((2, 2)), 'b': jnp.ones((2,))}
-  updates, _ = transform.update(zero, transform.init(params), params)
+  updates, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+  np.testing.assert_allclose(updates['layers']['w'], -0.5)
+  np.testing.assert_allclose([updates['layers']['b'], updates['layers']['scale']], 0)
   np.testing.assert_allclose(updates['w'], -0.5)
   np.testing.assert_allclose(updates['b'], 0)
 
