@@ -17,6 +17,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from musiclm_jax import specs
@@ -306,18 +307,18 @@ class _Measure:
     return figures, players
 
   def _sample(self, prompts: list[str], settings: pipeline.Settings) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
-    """Samples [P, S, T] for each prompt and seed, the tokens of the first seed, and the time once compiled."""
-    drawn, wall = [], 0.0
+    """Samples [P, S, T] for each prompt and seed, tokens of some, and the time that all take once compiled."""
+    seeds, parts = self.amounts.seeds, 2 if self.amounts.seeds % 2 == 0 else 1
     # Long descriptions are cut where the text tower ends, as in training.
     embedding_PxE = self.cascade.function('mulan', 'embed_text')(self.ids(prompts))
     mulan_Px1xQ = self.cascade.function('mulan', 'tokens')(embedding_PxE)
-    for s in range(self.amounts.seeds):
-      keys_P = pipeline.prompt_keys(self.seed + s, len(prompts))
-      made = pipeline.from_mulan_tokens(self.cascade, mulan_Px1xQ, settings, keys_P)
-      drawn.append(made.audio_BxN)
-      wall += made.wall_seconds if s else 0.0
-    wall *= self.amounts.seeds / max(1, self.amounts.seeds - 1)
-    return np.stack(drawn, axis=1), made.tokens, wall
+    keys_SxP = jnp.stack([pipeline.prompt_keys(self.seed + s, len(prompts)) for s in range(seeds)])
+    drawn = []
+    for keys_SxP in jnp.split(keys_SxP, parts):
+      many_Bx1xQ = jnp.tile(mulan_Px1xQ, (len(keys_SxP), 1, 1))
+      made = pipeline.from_mulan_tokens(self.cascade, many_Bx1xQ, settings, keys_SxP.reshape(-1))
+      drawn.append(made.audio_BxN.reshape(len(keys_SxP), len(prompts), -1))
+    return np.concatenate(drawn).swapaxes(0, 1), made.tokens, parts * made.wall_seconds
 
   def _judged(self, samples_PxSxT: np.ndarray, tokens: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The independent judge, and the clips that the Frechet distance compares."""

@@ -163,7 +163,8 @@ def si_sdr(reference_BxN: jax.Array | np.ndarray, estimate_BxN: jax.Array | np.n
   Arrays of JAX or of NumPy, in their own precision. Both signals are made zero-mean first. Clips without any sound
   have no such ratio: NaN.
   """
-  xp = reference_BxN.__array_namespace__()
+  both_numpy = isinstance(reference_BxN, np.ndarray) and isinstance(estimate_BxN, np.ndarray)
+  xp = np if both_numpy else jnp
   reference_BxN = reference_BxN - xp.mean(reference_BxN, axis=-1, keepdims=True)
   estimate_BxN = estimate_BxN - xp.mean(estimate_BxN, axis=-1, keepdims=True)
   energy_B = xp.sum(reference_BxN**2, axis=-1)
@@ -173,5 +174,5 @@ def si_sdr(reference_BxN: jax.Array | np.ndarray, estimate_BxN: jax.Array | np.n
   error_B = xp.sum((estimate_BxN - target_BxN)**2, axis=-1)
   target_B = xp.sum(target_BxN**2, axis=-1)
   # The limits keep a perfect and an unrelated estimate finite, at +300 and -300 dB.
-  ratio_B = xp.maximum(target_B, 1e-30) / xp.maximum(error_B, 1e-30 * xp.maximum(target_B, 1e-7))
-  return xp.where(silent_B, xp.nan, 10 * xp.log10(ratio_B))
+  ratio_B = xp.maximum(target_B, 1e-30) / xp.maximum(error_B, 1e-30)
+  return xp.where(silent_B, xp.nan, 10 * xp.log10(xp.minimum(ratio_B, 1e30)))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from musiclm_jax import axes
 
+_UNROLLED = 4  # layers at most that a scan writes out
 _NEGATIVE = -1e30  # finite, so that a row with every key masked gives a number and not NaN
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -127,7 +128,8 @@ class Embedding(nnx.Module):
 class Layers(nnx.Module):
   """`depth` modules of one kind with their variables stacked on a leading axis, run by one scan.
 
-  Compile time does not grow with the depth, and each variable's `axes` gain a leading "layer".
+  Compile time does not grow with the depth (but up to 4 layers stand one after another, where that compiles as fast
+  and a step on CPU takes a tenth less), and each variable's `axes` gain a leading "layer".
   """
 
   def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs, remat: bool = False):
@@ -146,7 +148,8 @@ class Layers(nnx.Module):
       layer_state, *rest = inputs
       return f(nnx.merge(graphdef, layer_state), x, *rest)
 
-    return jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, (state, *xs))
+    unroll = self.depth if self.depth <= _UNROLLED else 1
+    return jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, (state, *xs), unroll=unroll)
 
 
 def rotate(x_BxTxHxK: jax.Array, positions_AxT: jax.Array, *, base: float = 10_000.0) -> jax.Array:
