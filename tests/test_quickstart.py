@@ -39,7 +39,7 @@ def finished(environment, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_it_ends_with_music_and_a_report(finished):
   report = json.loads((finished / 'report.json').read_text())
   assert set(report) >= {'codec', 'mulan', 'semantic', 'stages', 'generation', 'bars', 'runs'}
@@ -50,7 +50,7 @@ def test_it_ends_with_music_and_a_report(finished):
   assert len(list((finished / 'samples').glob('*.wav'))) >= 4
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_second_call_skips_everything(finished, environment):
   before = hashes(finished)
   begun = time.monotonic()
@@ -61,7 +61,7 @@ def test_a_second_call_skips_everything(finished, environment):
   assert hashes(finished) == before
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_text_to_wav_by_command(finished, environment, tmp_path):
   run = lambda name, seed: subprocess.run(
       [sys.executable, '-m', 'musiclm_jax.main', 'generate', '--workdir', str(finished), '--prompt', 'slow piano',
@@ -94,7 +94,7 @@ def test_killed_twice_it_ends_with_the_same_parameters(finished, environment, tm
   assert hashes(tmp_path) == hashes(finished)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_failing_step_ends_it_with_one_line(environment, tmp_path):
   (tmp_path / 'music').mkdir()
   done = subprocess.run(arguments(tmp_path / 'w', '--audio_dir', str(tmp_path / 'music')), env=environment,

@@ -192,7 +192,6 @@ def test_wrong_record_sets_and_names(folders):
     source.open_corpus(folders / 'audio', 'train', 'fast')
 
 
-@pytest.mark.soak
 def test_a_process_that_read_through_seqio_ends(folders):
   """A pipeline that waits must not keep the interpreter from ending; direct reading loads no TensorFlow."""
   code = ('import sys\nfrom musiclm_jax.data import source\n'
