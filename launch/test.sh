@@ -20,4 +20,4 @@ esac
 ensure_environment .venv '.[dev]' --editable
 # XLA on CPU takes and gives back large buffers all the time: with huge pages that are kept it is much faster.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4000000000}
-exec .venv/bin/python -m pytest "${workers[@]}" ${selection:+-m "$selection"} "$@"
+exec .venv/bin/python -m pytest "${workers[@]}" --durations=20 ${selection:+-m "$selection"} "$@"

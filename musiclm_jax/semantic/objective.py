@@ -206,7 +206,8 @@ def contrastive_loss(context_BxTxE: jax.Array, target_BxTxE: jax.Array, masked_B
   The distractors of a clip are columns of one matrix of similarities, weighted by how often they were drawn;
   this gives the same value as a gathered list of them.
 
-  Returns the mean over each example's masked frames [B], and the share of them whose target comes first [B].
+  Returns the mean over each example's masked frames [B], and the share of them [B] whose target comes before all
+  distractors with another code.
   """
   unit = [x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-8)
           for x in (context_BxTxE.astype(jnp.float32), target_BxTxE.astype(jnp.float32))]
@@ -216,7 +217,10 @@ def contrastive_loss(context_BxTxE: jax.Array, target_BxTxE: jax.Array, masked_B
   negative = jnp.where(drawn, logits_BxTxT + jnp.log(jnp.maximum(count_BxTxT, 1.0)), -jnp.inf)
   every = jnp.concatenate([positive_BxT[..., None], negative], axis=-1)
   loss_BxT = jax.nn.logsumexp(every, axis=-1) - positive_BxT
-  found_BxT = positive_BxT > jnp.max(jnp.where(drawn, logits_BxTxT, -jnp.inf), axis=-1)
+  # Another frame with the target's own code is no wrong answer; where all have it, nothing was found.
+  differ = drawn & (jnp.einsum('BTE,BSE->BTS', unit[1], unit[1]) < 1 - 1e-4)
+  best_BxT = jnp.max(jnp.where(differ, logits_BxTxT, -jnp.inf), axis=-1)
+  found_BxT = (positive_BxT > best_BxT) & jnp.any(differ, axis=-1)
   return _masked_mean(loss_BxT, masked_BxT), _masked_mean(found_BxT.astype(jnp.float32), masked_BxT)
 
 

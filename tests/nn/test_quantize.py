@@ -58,7 +58,7 @@ def test_inertia_is_that_of_scikit_learn():
   sklearn_cluster = pytest.importorskip('sklearn.cluster')
   # Correlated features without separate clusters: where there are few, either may miss the better of two solutions.
   rows = np.asarray(jax.random.normal(jax.random.key(0), (4000, 8)) @ jax.random.normal(jax.random.key(1), (8, 8)))
-  ours = quantize.kmeans_start(jnp.asarray(rows), 1, 32, jax.random.key(3), iterations=30)['codebook'][0]
+  ours = quantize.kmeans(jnp.asarray(rows), 32, jax.random.key(3), iterations=30)
   distance = np.min(np.sum(np.square(rows[:, None] - np.asarray(ours)), axis=-1), axis=-1)
   theirs = sklearn_cluster.KMeans(32, n_init=1, random_state=0).fit(rows).inertia_
   assert distance.sum() <= 1.02 * theirs

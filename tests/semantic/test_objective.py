@@ -77,6 +77,9 @@ def test_contrastive_loss_of_perfect_and_of_collapsed_targets():
   distinct = jnp.eye(6)[None]
   loss, found = ours.contrastive_loss(distinct, distinct, masked, counts, temperature=0.1)
   assert float(loss[0]) < 0.01 and float(found[0]) == 1
+  pairs = jnp.repeat(jnp.eye(3), 2, axis=0)[None]  # two frames a code
+  loss, found = ours.contrastive_loss(pairs, pairs, masked, counts, temperature=0.1)
+  assert float(loss[0]) > 1 and float(found[0]) == 1
   same = jnp.ones((1, 6, 6))
   loss, found = ours.contrastive_loss(same, same, masked, counts, temperature=0.1)
   np.testing.assert_allclose(loss, np.log(51), rtol=1e-5)
