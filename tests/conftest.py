@@ -2,6 +2,9 @@
 import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Tests spend their time in the compiler, not in what it makes. Commands that tests start as processes are compiled
+# as a user's are.
+_FLAGS = {'--xla_force_host_platform_device_count': '8', '--xla_backend_optimization_level': '0'}
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *(
+    f'{flag}={value}' for flag, value in _FLAGS.items() if flag not in os.environ.get('XLA_FLAGS', ''))]).strip()
 os.environ.setdefault('MUSICLM_READER', 'direct')  # importing TensorFlow takes seconds; its tests name their reader
