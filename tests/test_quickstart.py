@@ -76,7 +76,7 @@ def test_text_to_wav_by_command(finished, environment, tmp_path):
   assert rate == 24000 and len(audio) == 60000 and np.isfinite(audio).all()
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_killed_twice_it_ends_with_the_same_parameters(finished, environment, tmp_path):
   for step in ('codec', 'coarse_lm'):
     process = subprocess.Popen(arguments(tmp_path), env=environment, stdout=subprocess.DEVNULL,
