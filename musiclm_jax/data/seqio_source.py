@@ -261,23 +261,23 @@ class _Pipeline:
       # In a thread of its own, because a preprocessor that waits for more elements would block for ever.
       return self._thread.submit(lambda: [next(self._elements) for _ in elements]).result(_TIMEOUT)
     except concurrent.futures.TimeoutError:
-      self._waiting.put(None)  # the thread that waits comes to its end
-      self._thread.shutdown(wait=False)
-      self._ended = True
+      self.close(wait=False)
       raise ValueError(f'the preprocessors of the task {self._name!r} hold elements back (do they shuffle, '
                        'batch or filter?)') from None
     except StopIteration:
       raise ValueError(f'the preprocessors of the task {self._name!r} end early') from None
 
-  def close(self) -> None:
-    """Ends the pipeline and waits until it has ended. Safe to call twice.
+  def close(self, *, wait: bool = True) -> None:
+    """Ends the pipeline and, where asked to, waits until it has ended. Safe to call twice.
 
     A thread of TensorFlow that still runs Python code while the interpreter ends waits for it for ever.
     """
-    if not self._ended:
-      self._ended = True
-      self._waiting.put(None)
-      self._thread.shutdown()
+    if self._ended:
+      return
+    self._ended = True
+    self._waiting.put(None)
+    self._thread.shutdown(wait=wait)
+    if wait:
       for _ in self._elements:
         pass
 

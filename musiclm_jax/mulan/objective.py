@@ -128,8 +128,11 @@ class MuLanTraining(Objective):
     text_BxE = axes.constrain(text_BxE, 'batch', None)
     temperature = jnp.maximum(model.temperature, self.minimum_temperature)
     loss = jnp.mean(contrastive_loss(audio_BxE, text_BxE, temperature, decoupled=self.decoupled))
-    size = audio_BxE.shape[0]
-    chance = math.log(max(1, 2 * (size - 1) if self.decoupled else size))
-    metrics = {'loss': loss, 'loss_chance': jnp.float32(chance), 'recall@1': recall_at_1(text_BxE, audio_BxE),
+    chance = jnp.float32(self.chance(audio_BxE.shape[0]))
+    metrics = {'loss': loss, 'loss_chance': chance, 'recall@1': recall_at_1(text_BxE, audio_BxE),
                'temperature': temperature}
     return loss, Aux(metrics)
+
+  def chance(self, batch_size: int) -> float:
+    """The loss where all embeddings are alike."""
+    return math.log(max(1, 2 * (batch_size - 1) if self.decoupled else batch_size))

@@ -1,7 +1,7 @@
 """The state of a run as pure dictionaries, and the pure function that makes one step of it."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -103,21 +103,10 @@ def create(objective: Objective, optimizer: optax.GradientTransformation, key: j
 
 def started(objective: Objective, skeleton: Skeleton, state: TrainState, batch: Batch, key: jax.Array) -> TrainState:
   """A fresh state after the objective's data-dependent start; an average of the parameters starts from there too."""
-  found = objective.start(skeleton.model(state.params, state.buffers), batch, key)
-
-  def merged(path, value):
-    nonlocal used
-    node = found
-    for entry in path:
-      if not isinstance(node, Mapping) or entry.key not in node:
-        return value
-      node = node[entry.key]
-    used += 1
-    return node.astype(value.dtype).reshape(value.shape)
-
-  used = 0
-  params, buffers = (jax.tree_util.tree_map_with_path(merged, tree) for tree in (state.params, state.buffers))
-  if used != len(jax.tree.leaves(found)):
+  found = dict(jax.tree_util.tree_leaves_with_path(
+      objective.start(skeleton.model(state.params, state.buffers), batch, key)))
+  params, buffers = (jax.tree_util.tree_map_with_path(found.pop, tree) for tree in (state.params, state.buffers))
+  if found:
     raise ValueError(f'the start of {type(objective).__name__} names variables that the model does not have')
   ema = jax.tree.map(jnp.copy, params) if state.ema else {}
   return dataclasses.replace(state, params=params, buffers=buffers, ema=ema)

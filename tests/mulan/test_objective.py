@@ -51,6 +51,8 @@ def test_chance_is_the_loss_of_embeddings_that_are_all_alike(decoupled):
   loss = contrastive_loss(alike, alike, 0.1, decoupled=decoupled).mean()
   _, metrics, _ = _loss_and_gradient(objective, configs.model(objective.mulan), configs.batch(objective.mulan, size=7))
   assert metrics['loss_chance'] == pytest.approx(float(loss), rel=1e-5)
+  assert MuLanTraining(configs.config()).chance(512) == pytest.approx(6.2383, abs=1e-4)
+  assert MuLanTraining(configs.config()).chance(6144) == pytest.approx(8.7232, abs=1e-4)
 
 
 def test_loss_of_fresh_towers_is_near_chance():

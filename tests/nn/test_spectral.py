@@ -97,3 +97,10 @@ def test_mel_matrix_equals_transformers():
       num_frequency_bins=513, num_mel_filters=64, min_frequency=60.0, max_frequency=7800.0,
       sampling_rate=24000, norm=None, mel_scale='htk')
   np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_log_mel_distance_of_a_gain():
+  x = np.random.default_rng(0).uniform(-0.5, 0.5, size=(1, 4800)).astype(np.float32)
+  np.testing.assert_allclose(spectral.log_mel_distance(x, x), [0.0], atol=1e-6)
+  # Bands between two bins are empty at either gain.
+  assert 0.8 < float(spectral.log_mel_distance(x, x * np.e)[0]) <= 1.0
