@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / 'musiclm_jax'
 L0 = {'specs', 'axes', 'objective'}
 MODELS = {'codec', 'semantic', 'mulan', 'token_lm', 'diffusion'}
-BELOW = L0 | MODELS | {'nn', 'text', 'training', 'data'}
+BELOW = L0 | MODELS | {'nn', 'text', 'training', 'data', 'provenance'}
 TENSORFLOW = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio', 't5', 'clu'}
 NUMERIC = {'jax', 'flax', 'numpy', 'optax'}
 
@@ -30,12 +30,13 @@ LAYERS = {
     'specs': Layer(set(), set()),
     'axes': Layer({'jax'}, set()),
     'objective': Layer({'jax', 'flax'}, {'specs', 'axes'}),
+    'provenance': Layer(set(), {'__init__'}),
     'nn': Layer({'jax', 'flax', 'numpy'}, L0),
     'text': Layer({'numpy', 'sentencepiece'}, {'specs'}),
     **{name: Layer(NUMERIC, L0 | {'nn'}) for name in MODELS},
-    'training': Layer(NUMERIC | {'absl', 'orbax', 'rich', 'tensorboardX'}, L0),
+    'training': Layer(NUMERIC | {'absl', 'orbax', 'rich', 'tensorboardX'}, L0 | {'provenance'}),
     'data': Layer({'absl', 'array_record', 'msgpack', 'numpy', 'rich', 'soundfile', 'soxr'},
-                  {'specs', 'text'}),
+                  {'specs', 'text', 'provenance'}),
     'serving': Layer({'jax', 'numpy', 'safetensors', 'sentencepiece', 'soundfile', 'flatbuffers'},
                      {'specs', 'text', 'export'}),
     'export': Layer(NUMERIC | {'safetensors', 'flatbuffers'}, BELOW),

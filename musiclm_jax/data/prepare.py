@@ -6,11 +6,9 @@ result does not depend on how many, and an interrupted run continues where it st
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-import concurrent.futures
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
-import multiprocessing
 import os
 import pathlib
 from typing import Any
@@ -18,8 +16,10 @@ import warnings
 
 import numpy as np
 
+from musiclm_jax import provenance
 from musiclm_jax.data import audio_files, composer, records, source
 from musiclm_jax.data import captions as captions_lib
+from musiclm_jax.data.workers import Progress, Workers
 
 SAMPLE_RATE = 24000
 # Hours of music in a shard, unless the number of shards is given: about 170 MB.
@@ -33,7 +33,6 @@ COMPOSER_SIZES = {
 _HASHED = {'content': 'the names or sizes of the audio files have changed',
            'texts': 'the captions, titles, artists or licences have changed',
            'music': 'the composer has changed'}
-Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +93,12 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
       'num_shards': num_shards})
   if done := _already(output_dir, header):
     return done
-  with _pool(workers) as run:
+  with Workers(workers) as pool:
     skipped: dict[str, list[str]] = collections.defaultdict(list)
     for name in unsupported:
       skipped['format not supported'].append(name)
     recordings = []
-    checks = run(_check, [(path, min_seconds) for _, path in files], progress, 'files checked')
+    checks = pool.map(_check, [(path, min_seconds) for _, path in files], progress, 'files checked')
     for (name, path), (info, reason) in zip(files, checks):
       if info is None:
         skipped[reason].append(name)
@@ -117,7 +116,7 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
     shards = _shard(_split(recordings, held_out_share), num_shards)
     work = [(os.fspath(output_dir), split, i, len(parts), part, header)
             for split, parts in shards.items() for i, part in enumerate(parts)]
-    run(_write_folder_shard, work, progress, 'shards written')
+    collections.deque(pool.map(_write_folder_shard, work, progress, 'shards written'), maxlen=0)
   left_out = {reason: {'count': len(found), 'files': found[:_MAX_NAMES]}
               for reason, found in sorted(skipped.items())}
   return records.finish(
@@ -151,32 +150,20 @@ def prepare_composer(size: str | int, output_dir: str | os.PathLike, *, seed: in
   counts = {s: _shard_count(s, len(c), len(c) * length / 3600, num_shards, 0.1) for s, c in corpora.items()}
   work = [(os.fspath(output_dir), split, i, counts[split], corpus, header)
           for split, corpus in corpora.items() for i in range(counts[split])]
-  with _pool(workers) as run:
-    run(_write_composer_shard, work, progress, 'shards written')
+  with Workers(workers) as pool:
+    collections.deque(pool.map(_write_composer_shard, work, progress, 'shards written'), maxlen=0)
   return records.finish(output_dir, header, counts)
 
 
 def _already(output_dir: str | os.PathLike, header: records.Header) -> records.Manifest | None:
-  """The set that is there, if it was made with the same settings; ValueError if with others."""
-  if not (pathlib.Path(output_dir) / records.MANIFEST).exists():
-    return None
-  manifest = records.read_manifest(output_dir)
-  if manifest.header.fingerprint == header.fingerprint:
-    return manifest
-  for part in ('kind', 'streams', 'settings'):
-    old, new = getattr(manifest.header, part), getattr(header, part)
-    if old == new:
-      continue
-    name = part
-    if part == 'settings':
-      name = next(k for k in (*new, *old) if old.get(k) != new.get(k))
-      old, new = old.get(name), new.get(name)
-      if name in _HASHED:
-        raise ValueError(f'{output_dir} was prepared from other music: {_HASHED[name]}; choose another '
-                         '--output_dir')
-    raise ValueError(f'{output_dir} was prepared with other settings: {name}: {old} != {new}; choose another '
+  """The finished set that is there; ValueError where it, or what there is of it, was made with other settings."""
+  if other := records.difference(output_dir, header):
+    name, there, here = other
+    if name in _HASHED:
+      raise ValueError(f'{output_dir} was prepared from other music: {_HASHED[name]}; choose another --output_dir')
+    raise ValueError(f'{output_dir} was prepared with other settings: {name}: {there} != {here}; choose another '
                      '--output_dir')
-  raise ValueError(f'{output_dir} holds another record set; choose another --output_dir')
+  return records.read_manifest(output_dir) if (pathlib.Path(output_dir) / records.MANIFEST).exists() else None
 
 
 def _walk(audio_dir: str | os.PathLike) -> tuple[list[tuple[str, bytes]], list[str]]:
@@ -303,7 +290,8 @@ def _write_folder_shard(task: tuple[str, str, int, int, Sequence[Recording], rec
     return
   left_out: collections.Counter[str] = collections.Counter()
   clips = _segments(recordings, header.settings, left_out)
-  records.write_shard(directory, split, index, count, clips, header, left_out=left_out)
+  records.write_shard(directory, split, index, count, clips, header, left_out=left_out,
+                      made_with=provenance.made_with())
 
 
 def _write_composer_shard(task: tuple[str, str, int, int, composer.Corpus, records.Header]) -> None:
@@ -312,37 +300,4 @@ def _write_composer_shard(task: tuple[str, str, int, int, composer.Corpus, recor
     return
   facts = {'licence': 'CC0-1.0', 'attribution': 'composed by musiclm_jax'}
   clips = ({**corpus[i], 'source': facts} for i in range(index, len(corpus), count))
-  records.write_shard(directory, split, index, count, clips, header)
-
-
-class _pool:
-  """Runs a function over tasks, in order, in this process or in several."""
-
-  def __init__(self, workers: int):
-    self._workers = workers or os.cpu_count() or 1
-    self._executor: concurrent.futures.ProcessPoolExecutor | None = None
-
-  def __enter__(self) -> Callable[..., list[Any]]:
-    return self._run
-
-  def __exit__(self, *exception: object) -> None:
-    if self._executor is not None:
-      self._executor.shutdown(cancel_futures=True)
-
-  def _run(self, function: Callable[[Any], Any], tasks: Sequence[Any], progress: Progress | None,
-           what: str) -> list[Any]:
-    if self._workers == 1 or len(tasks) < 2:
-      results = map(function, tasks)
-    else:
-      if self._executor is None:
-        # "spawn": a process that forks while JAX or TensorFlow has threads can hang.
-        self._executor = concurrent.futures.ProcessPoolExecutor(
-            min(self._workers, len(tasks)), mp_context=multiprocessing.get_context('spawn'))
-      chunk = max(1, min(16, len(tasks) // (4 * self._workers)))
-      results = self._executor.map(function, tasks, chunksize=chunk)
-    found = []
-    for result in results:
-      found.append(result)
-      if progress:
-        progress(what, len(found), len(tasks))
-    return found
+  records.write_shard(directory, split, index, count, clips, header, made_with=provenance.made_with())

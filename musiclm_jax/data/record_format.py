@@ -12,7 +12,7 @@ import numpy as np
 from musiclm_jax import specs
 from musiclm_jax.data import source
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KINDS = ('audio', 'tokens')
 _PCM_SCALE = 32768.0
 _ARRAY = 1  # msgpack extension: [dtype, shape, bytes]
@@ -63,12 +63,14 @@ class Manifest:
     splits: shards of each split in order.
     licences: records under each licence.
     skipped: by reason, how many files were left out and the names of some.
+    made_with: code, packages and configuration that wrote the shards; more than one where they changed on the way.
   """
 
   header: Header
   splits: Mapping[str, tuple[Shard, ...]]
   licences: Mapping[str, int]
   skipped: Mapping[str, Mapping[str, Any]]
+  made_with: tuple[Mapping[str, Any], ...] = ()
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -130,26 +132,40 @@ def _unpack_array(code: int, data: bytes) -> np.ndarray:
   return np.frombuffer(content, np.dtype(dtype)).reshape(shape)
 
 
-def encode(example: source.Example, header: Header) -> bytes:
-  """One record. Audio is stored as int16, tokens as int16, or uint16 where the codebook needs it."""
-  fields = {'texts': [], **example}
+def check(example: source.Example, header: Header) -> None:
+  """Raises ValueError where a stream is missing, or does not have the shape or the range that `header` says."""
   for name, stream in header.streams.items():
-    value = np.asarray(fields[name])
+    if name not in example:
+      raise ValueError(f'it has no stream {name!r}, only {", ".join(sorted(example))}')
+    value = np.asarray(example[name])
     if header.kind == 'audio':
-      fields[name] = to_pcm(value)
+      if value.ndim != 1:
+        raise ValueError(f'its audio must be one row of samples, found {value.shape}')
       continue
     if value.ndim != 2 or value.shape[1] != stream['levels']:
       raise ValueError(f'{name} tokens must be [frames, {stream["levels"]}], found {value.shape}')
     if value.size and (value.min() < 0 or value.max() >= stream['codebook_size']):
       raise ValueError(f'{name} tokens must lie in [0, {stream["codebook_size"]}), found '
                        f'{value.min()} to {value.max()}')
-    fields[name] = value.astype(np.int16 if stream['codebook_size'] <= 1 << 15 else np.uint16)
+
+
+def encode(example: source.Example, header: Header) -> bytes:
+  """One record. Audio is stored as int16, tokens as int16, or uint16 where the codebook needs it."""
+  check(example, header)
+  fields = {'texts': [], **example}
+  for name, stream in header.streams.items():
+    if header.kind == 'audio':
+      fields[name] = to_pcm(np.asarray(fields[name]))
+    else:
+      fields[name] = np.asarray(fields[name]).astype(np.int16 if stream['codebook_size'] <= 1 << 15 else np.uint16)
   return msgpack.packb(fields, default=_pack_array)
 
 
 def decode(record: bytes, header: Header) -> source.Example:
   """The inverse of `encode`, but for audio, which stays int16 (see `from_pcm`). Tokens are int32."""
   example = msgpack.unpackb(record, ext_hook=_unpack_array)
+  if missing := [name for name in header.streams if name not in example]:
+    raise ValueError(f'it has no stream {missing[0]!r}, only {", ".join(sorted(example))}')
   if header.kind == 'tokens':
     example.update({name: example[name].astype(np.int32) for name in header.streams})
   elif example['audio'].dtype != np.int16 or example['audio'].ndim != 1:

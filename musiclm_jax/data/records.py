@@ -10,7 +10,7 @@ and the same command continues it.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -26,6 +26,7 @@ import numpy as np
 from musiclm_jax.data import source
 from musiclm_jax.data.record_format import (
   audio_streams,
+  check,
   decode,
   encode,
   FORMAT_VERSION,
@@ -40,9 +41,10 @@ from musiclm_jax.data.record_format import (
 )
 
 __all__ = [
-    'FORMAT_VERSION', 'Header', 'MANIFEST', 'Manifest', 'RecordSet', 'Shard', 'audio_streams', 'decode',
-    'encode', 'finish', 'from_pcm', 'read_manifest', 'seconds_of', 'shard_done', 'shard_name',
-    'text_kinds_of', 'to_pcm', 'token_streams', 'write_atomically', 'write_records', 'write_shard']
+    'FORMAT_VERSION', 'Header', 'MANIFEST', 'Manifest', 'RecordSet', 'Shard', 'audio_streams', 'check', 'decode',
+    'difference', 'encode', 'finish', 'from_pcm', 'hash_file', 'open_shard', 'read_manifest', 'rewrite', 'seconds_of',
+    'shard_done', 'shard_name', 'text_kinds_of', 'to_pcm', 'token_streams', 'write_atomically', 'write_records',
+    'write_shard']
 
 MANIFEST = 'manifest.json'
 # Examples are read in random order, so read-ahead would fetch what nobody asked for.
@@ -71,9 +73,14 @@ def _put(temporary: pathlib.Path, path: pathlib.Path) -> None:
     os.close(handle)
 
 
-def _hash_file(path: pathlib.Path) -> str:
+def hash_file(path: pathlib.Path) -> str:
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def open_shard(path: str | os.PathLike) -> array_record_module.ArrayRecordReader:
+  """Random access to the records of one file; RuntimeError or ValueError where it is not one."""
+  return array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
 
 
 def shard_name(split: str, index: int, count: int) -> str:
@@ -81,11 +88,13 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def write_shard(directory: str | os.PathLike, split: str, index: int, count: int,
-                examples: Iterable[source.Example], header: Header, *,
-                left_out: Mapping[str, int] | None = None) -> Shard:
+                examples: Iterable[source.Example], header: Header, *, left_out: Mapping[str, int] | None = None,
+                made_with: Mapping[str, Any] | None = None) -> Shard:
   """Writes shard `index` of `count` and its `.json`; replaces one that is there.
 
-  `left_out` counts, by reason, what `examples` did not yield; it is read after the last example.
+  Args:
+    left_out: counts, by reason, what `examples` did not yield; it is read after the last example.
+    made_with: what `provenance.made_with` found. It is kept beside the shard and changes nothing about its identity.
 
   Raises: ValueError where an example does not have the shapes or the range that `header` says.
   """
@@ -111,12 +120,13 @@ def write_shard(directory: str | os.PathLike, split: str, index: int, count: int
     raise
   with open(temporary, 'rb') as file:
     os.fsync(file.fileno())
-  shard = Shard(path.name, len(seconds), temporary.stat().st_size, _hash_file(temporary), sum(seconds))
+  shard = Shard(path.name, len(seconds), temporary.stat().st_size, hash_file(temporary), sum(seconds))
   _put(temporary, path)
   kind_sets = sorted(set(kinds))
   write_atomically(sidecar, json.dumps({
-      'format': FORMAT_VERSION, 'header': header.fingerprint, 'shard': dataclasses.asdict(shard),
-      'record_seconds': seconds, 'licences': dict(licences), 'left_out': dict(left_out or {}),
+      'format': FORMAT_VERSION, 'header': dataclasses.asdict(header), 'shard': dataclasses.asdict(shard),
+      'made_with': dict(made_with or {}), 'record_seconds': seconds, 'licences': dict(licences),
+      'left_out': dict(left_out or {}),
       # Most records have the same kinds of text, so each is a number in a short list.
       'text_kind_sets': kind_sets, 'record_text_kinds': [kind_sets.index(k) for k in kinds]}).encode())
   return shard
@@ -127,38 +137,65 @@ def shard_done(directory: str | os.PathLike, split: str, index: int, count: int,
   path = pathlib.Path(directory) / shard_name(split, index, count)
   try:
     sidecar = json.loads(path.with_name(path.name + '.json').read_bytes())
-    return (sidecar['format'] == FORMAT_VERSION and sidecar['header'] == header.fingerprint and
+    return (sidecar['format'] == FORMAT_VERSION and
+            Header(**sidecar['header']).fingerprint == header.fingerprint and
             sidecar['shard']['bytes'] == path.stat().st_size)
-  except (OSError, ValueError, KeyError):
+  except (OSError, ValueError, KeyError, TypeError):
     return False
+
+
+def difference(directory: str | os.PathLike, header: Header) -> tuple[str, Any, Any] | None:
+  """(name, there, here) of the first thing that differs from the set there, finished or not, or None."""
+  directory = pathlib.Path(directory)
+  for path in (directory / MANIFEST, *sorted(directory.glob('*.arrayrecord.json'))):
+    try:
+      there = (read_manifest(directory).header if path.name == MANIFEST else
+               Header(**_sidecar(path.with_suffix(''))['header']))
+    except (FileNotFoundError, KeyError, TypeError):
+      continue
+    for name in ('kind', 'lineage', 'settings', 'streams'):
+      before, now = getattr(there, name), getattr(header, name)
+      if before == now:
+        continue
+      if not isinstance(now, Mapping):
+        return name, before, now
+      key = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
+      return key, before.get(key), now.get(key)
+  return None
 
 
 def finish(directory: str | os.PathLike, header: Header, shards: Mapping[str, int], *,
            skipped: Mapping[str, Mapping[str, Any]] | None = None) -> Manifest:
   """Writes `manifest.json` once every shard is there; `shards` says how many each split has (0: no records).
 
+  Processes that share the work may all call this: they write the same file.
+
   Raises: ValueError naming the shards that are missing or were written with another header.
   """
   directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
   missing = [shard_name(split, i, count) for split, count in shards.items() for i in range(count)
              if not shard_done(directory, split, i, count, header)]
   if missing:
     raise ValueError(f'{directory}: {len(missing)} of {sum(shards.values())} shards are missing or were '
                      f'written with other settings, the first is {missing[0]}')
   splits, licences = {}, collections.Counter()
+  versions: list[Mapping[str, Any]] = []  # shards need not have been written by one version
   skipped = {reason: dict(files) for reason, files in (skipped or {}).items()}
   for split, count in shards.items():
     sidecars = [_sidecar(directory / shard_name(split, i, count)) for i in range(count)]
     splits[split] = tuple(Shard(**s['shard']) for s in sidecars)
     for sidecar in sidecars:
       licences.update(sidecar['licences'])
+      if sidecar['made_with'] not in versions:
+        versions.append(sidecar['made_with'])
       for reason, number in sidecar['left_out'].items():
         skipped[reason] = {'count': skipped.get(reason, {}).get('count', 0) + number, 'files': []}
-  manifest = Manifest(header, splits, dict(sorted(licences.items())), skipped)
+  manifest = Manifest(header, splits, dict(sorted(licences.items())), skipped, tuple(versions))
   document = {
       'format': FORMAT_VERSION, 'fingerprint': manifest.fingerprint, **dataclasses.asdict(header),
       'counts': {s: {'records': manifest.records(s), 'hours': round(manifest.hours(s), 6)} for s in splits},
-      'licences': manifest.licences, 'skipped': manifest.skipped,
+      'licences': manifest.licences, 'skipped': manifest.skipped, 'made_with': manifest.made_with,
       'splits': {s: [dataclasses.asdict(shard) for shard in shards] for s, shards in splits.items()}}
   _remove_others(directory, {shard_name(s, i, n) for s, n in shards.items() for i in range(n)})
   write_atomically(directory / MANIFEST, json.dumps(document, indent=1, sort_keys=True).encode())
@@ -182,6 +219,25 @@ def write_records(directory: str | os.PathLike, examples: Mapping[str, Sequence[
     for i in range(counts[split]):
       write_shard(directory, split, i, counts[split], rows[i::counts[split]], header)
   return finish(directory, header, counts)
+
+
+def rewrite(directory: str | os.PathLike, split: str, keep: Callable[[int, source.Example], bool], reason: str
+            ) -> Manifest:
+  """Writes a split again without the examples, by index, that `keep` refuses; they are counted as left out."""
+  corpus = RecordSet(directory, split)
+  manifest = corpus.manifest
+  for number, shard in enumerate(corpus.shards):
+    sidecar = _sidecar(corpus.directory / shard.file)
+    indices = [int(i) for i in corpus.shard_indices(number)]
+    kept = [e for i in indices if keep(i, e := corpus[i])]
+    if len(kept) < len(indices):
+      left_out = collections.Counter(sidecar['left_out']) + collections.Counter({reason: len(indices) - len(kept)})
+      write_shard(directory, split, number, len(corpus.shards), kept, manifest.header, left_out=left_out,
+                  made_with=sidecar['made_with'])
+  counted = {r for shards in manifest.splits.values() for s in shards
+             for r in _sidecar(corpus.directory / s.file)['left_out']}
+  return finish(directory, manifest.header, {s: len(shards) for s, shards in manifest.splits.items()},
+                skipped={r: found for r, found in manifest.skipped.items() if r not in counted})
 
 
 def _sidecar(path: pathlib.Path) -> dict[str, Any]:
@@ -215,7 +271,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
   try:
     header = Header(document['kind'], document['streams'], document['settings'], document['lineage'])
     splits = {s: tuple(Shard(**shard) for shard in shards) for s, shards in document['splits'].items()}
-    manifest = Manifest(header, splits, document['licences'], document['skipped'])
+    manifest = Manifest(header, splits, document['licences'], document['skipped'], tuple(document['made_with']))
     if manifest.fingerprint != document['fingerprint']:
       raise ValueError('its fingerprint does not match what it lists')
   except (KeyError, TypeError, ValueError) as error:
@@ -245,7 +301,7 @@ class RecordSet:
     self.shards = self.manifest.splits[split]
     self._ends = np.cumsum([s.records for s in self.shards])
     for shard in self.shards:
-      self._check_size(shard)
+      self._check(shard)
     self._start_reading()
 
   def _start_reading(self) -> None:
@@ -279,8 +335,6 @@ class RecordSet:
     seconds, kinds = [], []
     for shard in self.shards:
       sidecar = _sidecar(self.directory / shard.file)
-      if sidecar['shard']['sha256'] != shard.sha256:
-        raise ValueError(f'{self.directory / shard.file}.json and {MANIFEST} describe different shards')
       seconds.append(np.asarray(sidecar['record_seconds'], np.float64))
       kind_sets = [tuple(k) for k in sidecar['text_kind_sets']]
       kinds.extend(kind_sets[k] for k in sidecar['record_text_kinds'])
@@ -300,7 +354,8 @@ class RecordSet:
     """The indices of the records in shard `number`."""
     return np.arange(self._ends[number] - self.shards[number].records, self._ends[number])
 
-  def _check_size(self, shard: Shard) -> None:
+  def _check(self, shard: Shard) -> None:
+    """Size and `.json`; reading would be slow where a shard was exchanged by another as large."""
     path = self.directory / shard.file
     try:
       size = path.stat().st_size
@@ -309,12 +364,15 @@ class RecordSet:
                               'records') from None
     if size != shard.bytes:
       raise ValueError(f'the shard {path} has {size} bytes; {MANIFEST} says {shard.bytes}')
+    if _sidecar(path)['shard']['sha256'] != shard.sha256:
+      raise ValueError(f'{path}.json and {MANIFEST} describe different shards: it was written again; start the run '
+                       'anew on the set as it is now')
 
   def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
     if number not in self._readers:
       shard = self.shards[number]
-      self._check_size(shard)
-      reader = array_record_module.ArrayRecordReader(str(self.directory / shard.file), _READER_OPTIONS)
+      self._check(shard)
+      reader = open_shard(self.directory / shard.file)
       if reader.num_records() != shard.records:
         raise ValueError(f'it has {reader.num_records()} records; {MANIFEST} says {shard.records}')
       self._readers[number] = reader
@@ -349,7 +407,7 @@ class RecordSet:
   def verify(self) -> None:
     """Reads every byte of the split. Raises ValueError naming the first shard whose content has changed."""
     for shard in self.shards:
-      self._check_size(shard)
-      if _hash_file(self.directory / shard.file) != shard.sha256:
+      self._check(shard)
+      if hash_file(self.directory / shard.file) != shard.sha256:
         raise ValueError(f'the content of the shard {self.directory / shard.file} has changed since it was '
                          'written')

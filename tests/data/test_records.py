@@ -139,8 +139,8 @@ def test_unknown_and_empty_splits(tmp_path):
 
 def test_other_format_version(audio_set):
   path = audio_set / 'manifest.json'
-  path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-  with pytest.raises(ValueError, match='has format 2; this version of musiclm_jax reads 1'):
+  path.write_text(path.read_text().replace('"format": 2', '"format": 9'))
+  with pytest.raises(ValueError, match='has format 9; this version of musiclm_jax reads 2'):
     records.RecordSet(audio_set, 'train')
 
 
@@ -221,4 +221,70 @@ def test_a_sidecar_of_another_shard_is_refused(audio_set):
   one, two = (audio_set / f'train-0000{i}-of-00003.arrayrecord.json' for i in range(2))
   one.write_bytes(two.read_bytes())
   with pytest.raises(ValueError, match='describe different shards'):
-    _ = records.RecordSet(audio_set, 'train').durations
+    records.RecordSet(audio_set, 'train')
+
+
+def test_a_shard_that_is_written_again_under_a_run_is_refused(audio_set):
+  corpus = records.RecordSet(audio_set, 'train')
+  want = corpus[0]['audio']
+  records.write_shard(audio_set, 'train', 0, 3, [clip(i + 50) for i in range(4)], AUDIO)
+  records.write_shard(audio_set, 'train', 1, 3, [clip(i + 60) for i in range(4)], AUDIO)
+  np.testing.assert_array_equal(corpus[1]['audio'].shape, want.shape)  # open: still the old one, whole
+  with pytest.raises(ValueError, match='train-00001-of-00003.arrayrecord.json and manifest.json describe different'):
+    corpus[4]  # not opened yet
+  with pytest.raises(ValueError, match='describe different'):
+    records.RecordSet(audio_set, 'train')
+
+
+def test_a_deleted_shard_under_a_run_is_named(audio_set):
+  corpus = records.RecordSet(audio_set, 'train')
+  (audio_set / 'train-00001-of-00003.arrayrecord').unlink()
+  with pytest.raises(FileNotFoundError, match='train-00001-of-00003.arrayrecord is missing'):
+    corpus[4]
+
+
+def test_a_record_without_one_of_its_streams_is_named(tmp_path):
+  """Written under a header with one stream, read under a manifest that promises two."""
+  less = records.Header('tokens', records.token_streams([MULAN]))
+  records.write_records(tmp_path, {'train': [tokens(0)]}, less)
+  record = records.encode({'mulan': tokens(0)['mulan']}, less)
+  with pytest.raises(ValueError, match="it has no stream 'acoustic', only mulan, texts"):
+    records.decode(record, TOKENS)
+  with pytest.raises(ValueError, match="it has no stream 'acoustic'"):
+    records.encode({'mulan': tokens(0)['mulan']}, TOKENS)
+
+
+def test_differences_are_seen_in_finished_and_unfinished_sets(audio_set, tmp_path_factory):
+  other = records.Header('audio', records.audio_streams(24000), {'min_seconds': 2})
+  assert records.difference(audio_set, AUDIO) is None
+  assert records.difference(audio_set, other) == ('min_seconds', None, 2)
+  unfinished = tmp_path_factory.mktemp('unfinished')
+  assert records.difference(unfinished, other) is None
+  records.write_shard(unfinished, 'train', 0, 2, [tokens(0)], TOKENS)
+  assert records.difference(unfinished, TOKENS) is None
+  changed = records.Header('tokens', TOKENS.streams, lineage={'codec': 'xyz'})
+  assert records.difference(unfinished, changed) == ('codec', 'abc', 'xyz')
+  assert records.difference(unfinished, AUDIO) == ('kind', 'tokens', 'audio')
+
+
+def test_who_made_a_set_is_kept_and_does_not_change_it(tmp_path):
+  fingerprints = []
+  for name, made in (('a', [{'code': 'one'}, {'code': 'one'}]), ('b', [{'code': 'one'}, {'code': 'two'}])):
+    for i in range(2):
+      records.write_shard(tmp_path / name, 'train', i, 2, [clip(i)], AUDIO, made_with=made[i])
+    manifest = records.finish(tmp_path / name, AUDIO, {'train': 2})
+    assert list(records.read_manifest(tmp_path / name).made_with) == list(manifest.made_with)
+    fingerprints.append(manifest.fingerprint)
+  assert fingerprints[0] == fingerprints[1]
+  assert len(records.read_manifest(tmp_path / 'a').made_with) == 1
+  assert len(records.read_manifest(tmp_path / 'b').made_with) == 2
+
+
+def test_a_split_is_written_again_without_some_records(audio_set):
+  before = {e['recording'] for e in map(records.RecordSet(audio_set, 'train').__getitem__, range(11))}
+  made = records.rewrite(audio_set, 'train', lambda i, e: e['recording'] not in ('clip 3', 'clip 4'), 'not wanted')
+  corpus = records.RecordSet(audio_set, 'train')
+  assert {corpus[i]['recording'] for i in range(len(corpus))} == before - {'clip 3', 'clip 4'}
+  assert made.skipped == {'not wanted': {'count': 2, 'files': []}}
+  again = records.rewrite(audio_set, 'train', lambda i, e: e['recording'] != 'clip 5', 'not wanted')
+  assert again.skipped['not wanted']['count'] == 3 and again.records('train') == 8

@@ -1,0 +1,181 @@
+"""Reads every byte of a record set and says what is in it and what is wrong with it.
+
+Shapes: F frames, Q levels, K codes.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from musiclm_jax.data import records
+from musiclm_jax.data.workers import Progress, Workers
+
+_SHOWN = 20  # faults listed
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+  """What is wrong with one shard; the first thing that was found."""
+
+  file: str
+  problem: str
+
+
+@dataclasses.dataclass
+class ShardContent:
+  """What one shard holds.
+
+  Attributes:
+    counts: how often each code was used, [Q, K] by stream; nothing for audio.
+    keys: (recording, start) of each record.
+  """
+
+  file: str
+  records: int = 0
+  seconds: float = 0.0
+  problem: str = ''
+  counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  keys: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+  """The state of a record set.
+
+  Attributes:
+    held: records and hours of each split, as counted.
+    perplexity: codes in even use, by stream and level; `own` the same as the networks that made them had it.
+  """
+
+  directory: pathlib.Path
+  manifest: records.Manifest
+  held: Mapping[str, tuple[int, float]]
+  faults: tuple[Fault, ...]
+  perplexity: Mapping[str, list[float]]
+  own: Mapping[str, list[float]]
+
+  def text(self) -> str:
+    header = self.manifest.header
+    lines = [f'{self.directory}: {header.kind}, fingerprint {self.manifest.fingerprint}']
+    lines += [f'  {role} {content}' for role, content in sorted(header.lineage.items())]
+    for split, (count, seconds) in self.held.items():
+      lines.append(f'  {split}: {len(self.manifest.splits[split])} shards, {count} records, {seconds / 3600:.2f} h')
+    for made in self.manifest.made_with:
+      lines.append(f'  made with musiclm_jax {made.get("musiclm_jax", "?")}, code {made.get("code", "?")}')
+    for name, used_Q in self.perplexity.items():
+      codes = header.streams[name]['codebook_size']
+      lines.append(f'  {name}: perplexity of {codes} codes by level ' + _numbers(used_Q))
+      if name in self.own:
+        lines.append(f'  {" " * len(name)}  the network\'s own, in training ' + _numbers(self.own[name]))
+    lines += [f'  damaged: {fault.file}: {fault.problem}' for fault in self.faults[:_SHOWN]]
+    if len(self.faults) > _SHOWN:
+      lines.append(f'  ... and {len(self.faults) - _SHOWN} more')
+    return '\n'.join(lines)
+
+  def advice(self, *, deleted: bool) -> str:
+    total = sum(len(shards) for shards in self.manifest.splits.values())
+    first = f'{self.directory / self.faults[0].file}: {self.faults[0].problem}'
+    step = '' if deleted else 'delete them with --delete_damaged, then '
+    return f'{len(self.faults)} of {total} shards are damaged, the first is {first}; {step}run the command that ' \
+           'made the set again: it makes what is missing'
+
+  def delete_damaged(self) -> None:
+    """Deletes the damaged shards, and the manifest, which is no longer true."""
+    (self.directory / records.MANIFEST).unlink(missing_ok=True)
+    for fault in self.faults:
+      for name in (fault.file + '.json', fault.file):
+        (self.directory / name).unlink(missing_ok=True)
+
+
+def _numbers(values: list[float]) -> str:
+  return ' '.join(f'{v:.0f}' for v in values)
+
+
+def inspect(directory: str | os.PathLike, *, workers: int = 0, progress: Progress | None = None) -> Inspection:
+  """Checks a finished record set: sizes, checksums, counts, every record, and that no record is there twice.
+
+  Raises FileNotFoundError or ValueError where there is no manifest to check it against.
+  """
+  manifest = records.read_manifest(directory)
+  tasks = [(os.fspath(directory), shard, manifest.header) for shards in manifest.splits.values() for shard in shards]
+  with Workers(workers) as pool:
+    found = {content.file: content for content in pool.map(_read_shard, tasks, progress, 'shards inspected')}
+  seen: dict[tuple[str, float], str] = {}
+  for content in found.values():
+    for key in content.keys:
+      if (other := seen.setdefault(key, content.file)) != content.file and not content.problem:
+        content.problem = f'{key[0]!r} at {key[1]:g} s is also in {other}'
+  counts: dict[str, np.ndarray] = {}
+  for content in found.values():
+    for name, count_QxK in content.counts.items():
+      counts[name] = counts.get(name, 0) + count_QxK
+  held = {split: (sum(found[s.file].records for s in shards), sum(found[s.file].seconds for s in shards))
+          for split, shards in manifest.splits.items()}
+  return Inspection(
+      pathlib.Path(directory), manifest, held,
+      tuple(Fault(c.file, c.problem) for c in found.values() if c.problem),
+      {name: _perplexity(count_QxK) for name, count_QxK in counts.items()}, _own_perplexity(manifest))
+
+
+def _perplexity(count_QxK: np.ndarray) -> list[float]:
+  """exp of the entropy of each level's codes, as `nn.quantize.perplexity`, which data may not import."""
+  share = count_QxK / np.maximum(count_QxK.sum(axis=-1, keepdims=True), 1)
+  return np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1)), axis=-1)).tolist()
+
+
+def _own_perplexity(manifest: records.Manifest) -> dict[str, list[float]]:
+  """By stream, as the extraction wrote it down."""
+  own = {}
+  for made in manifest.made_with:
+    for network in made.get('networks', {}).values():
+      own[network['feature']] = network['perplexity']
+  return own
+
+
+def _read_shard(task: tuple[str, records.Shard, records.Header]) -> ShardContent:
+  directory, shard, header = task
+  content = ShardContent(shard.file)
+  try:
+    _read_records(pathlib.Path(directory) / shard.file, shard, header, content)
+  except (OSError, RuntimeError, ValueError, KeyError) as error:
+    content.problem = str(error)
+  return content
+
+
+def _read_records(path: pathlib.Path, shard: records.Shard, header: records.Header, content: ShardContent) -> None:
+  if not path.exists():
+    raise FileNotFoundError('it is missing')
+  sidecar = json.loads(path.with_name(path.name + '.json').read_bytes())
+  if sidecar['shard'] != dataclasses.asdict(shard):
+    raise ValueError(f'its .json says {sidecar["shard"]["records"]} records with checksum '
+                     f'{sidecar["shard"]["sha256"][:12]}, the manifest {shard.records} with {shard.sha256[:12]}')
+  if (size := path.stat().st_size) != shard.bytes:
+    raise ValueError(f'it has {size} bytes and should have {shard.bytes}')
+  changed = records.hash_file(path) != shard.sha256
+  counts = {name: np.zeros((s['levels'], s['codebook_size']), np.int64)
+            for name, s in header.streams.items() if header.kind == 'tokens'}
+  with contextlib.closing(records.open_shard(path)) as reader:
+    if reader.num_records() != shard.records:
+      raise ValueError(f'it has {reader.num_records()} records and should have {shard.records}')
+    for row in range(shard.records):
+      try:
+        [record] = reader.read([row])
+        example = records.decode(record, header)
+        records.check(example, header)
+      except Exception as error:  # the reader raises RuntimeError, msgpack and NumPy half a dozen others
+        raise ValueError(f'record {row} cannot be read: {error}') from None
+      content.records += 1
+      content.seconds += records.seconds_of(example, header)
+      content.keys.append((example.get('recording', ''), float(example.get('start', 0.0))))
+      for name, count_QxK in counts.items():
+        tokens_FxQ = example[name]
+        np.add.at(count_QxK, (np.broadcast_to(np.arange(tokens_FxQ.shape[1]), tokens_FxQ.shape), tokens_FxQ), 1)
+  content.counts = counts
+  if changed:
+    raise ValueError('its content has changed since it was written, though every record can be read')
