@@ -7,8 +7,11 @@ import os
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
+
 from musiclm_jax import specs
 from musiclm_jax.mulan.model import VOCABULARY_ASSET
+from musiclm_jax.nn.quantize import perplexity
 from musiclm_jax.text.tokenizer import Tokenizer
 from musiclm_jax.training import checkpoint, state as states
 from musiclm_jax.training.checkpoint import Loaded
@@ -37,13 +40,24 @@ class Cascade:
     return checkpoint.load(self.places[role])
 
   @functools.cache
-  def function(self, role: str, method: str) -> Callable[..., Any]:
-    return states.compiled(self.part(role).model, method)
+  def function(self, role: str, method: str, *, parallel: bool = False) -> Callable[..., Any]:
+    """A method of the network, compiled; `parallel` splits the rows of its arguments over this process's devices."""
+    return states.compiled(self.part(role).model, method, parallel=parallel)
 
   @property
   def lineage(self) -> dict[str, str]:
     """Content hash of each network that makes tokens."""
     return {role: self.part(role).content_hash for role in TOKENIZERS}
+
+  def networks(self) -> dict[str, dict[str, Any]]:
+    """What made the networks that make tokens, by role, and how evenly each uses its own codes."""
+    return {role: self._network(role) for role in TOKENIZERS}
+
+  def _network(self, role: str) -> dict[str, Any]:
+    loaded = self.part(role)
+    used_Q = perplexity(jnp.asarray(loaded.buffers['quantizer']['count']))
+    return {'feature': self.token_spec(role).feature, 'content': loaded.content_hash, 'step': loaded.step,
+            'made_with': loaded.made_with, 'perplexity': [round(float(p), 1) for p in used_Q]}
 
   def token_spec(self, role: str) -> specs.TokenSpec:
     return self.part(role).objective.token_spec

@@ -1,10 +1,14 @@
 """Audio records to token records: the frozen networks run once over a corpus, shard by shard.
 
-Shapes: B batch, N samples, F frames, Q levels.
+Any number of processes share the work without speaking to one another: process i of n takes every n-th shard. A shard
+is a function of its audio shard and of the networks, so it does not matter who writes it, when, or how often the work
+was interrupted.
+
+Shapes: B batch (all devices of this process), N samples, F frames, Q levels.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 import math
 import os
 import sys
@@ -13,80 +17,115 @@ from typing import Any
 import jax
 import numpy as np
 
-from musiclm_jax import specs
+from musiclm_jax import provenance, specs
 from musiclm_jax.cascade import TOKENIZERS, Cascade
 from musiclm_jax.data import records
+from musiclm_jax.data.prefetch import Prefetch
 
 # What a token record keeps of its audio record.
 _CARRIED = ('recording', 'artist', 'start', 'texts', 'attributes', 'source')
+Report = Callable[[str], None]
 
 
 def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade: Cascade, *, batch_size: int = 16,
-            report: Any = None) -> records.Manifest:
-  """Tokenises every split of a record set; shards that are done are skipped.
+            process_index: int = 0, process_count: int = 1, report: Report | None = None) -> records.Manifest | None:
+  """Tokenises this process's shards of every split of a record set; shards that are done are skipped.
 
   Batches never cross a shard and have one static shape, so a shard's tokens do not depend on where the work was
-  interrupted.
+  interrupted, nor on how many processes share it.
 
-  Raises ValueError where `output_dir` holds tokens of other networks or other audio, naming both.
+  Args:
+    batch_size: clips at a time on each device.
+    process_index, process_count: which of how many processes this is. The one that finds all shards written, whoever
+      wrote them, writes the manifest.
+    report: called with a line now and then; stderr by default.
+
+  Returns the manifest, or None where other processes still have shards to write.
+
+  Raises ValueError where `output_dir` holds tokens, finished or not, of other networks or other audio, naming both.
   """
+  if not 0 <= process_index < process_count:
+    raise ValueError(f'process {process_index} of {process_count}: the index counts from 0')
+  report = report or _to_stderr
   audio = records.read_manifest(audio_dir)
-  token_specs = [cascade.token_spec(role) for role in TOKENIZERS]
   header = records.Header(
-      'tokens', records.token_streams(token_specs), settings={'audio': audio.fingerprint, 'batch': batch_size},
-      lineage=cascade.lineage)
-  _check_output(output_dir, header)
+      'tokens', records.token_streams([cascade.token_spec(role) for role in TOKENIZERS]),
+      settings={'audio': audio.fingerprint, 'batch': batch_size}, lineage=cascade.lineage)
   counts = {split: len(shards) for split, shards in audio.splits.items()}
+  if other := records.difference(output_dir, header):
+    name, there, here = other
+    raise ValueError(f'{output_dir} holds tokens of {name} {there}, this would be {name} {here}; name another output')
+  made_with = provenance.made_with(networks=cascade.networks())
   longest = max(float(records.RecordSet(audio_dir, split).durations.max()) for split in counts if counts[split])
-  for split, count in counts.items():
-    corpus = records.RecordSet(audio_dir, split) if count else None
-    for index in range(count):
-      if records.shard_done(output_dir, split, index, count, header):
-        continue
-      examples = _tokenise(corpus, corpus.shard_indices(index), cascade, longest, batch_size)
-      records.write_shard(output_dir, split, index, count, examples, header)
-      (report or _report)(f'extracted {split} {index + 1}/{count}')
+  tokenise = _Tokeniser(cascade, longest, batch_size * jax.local_device_count())
+  places = [(split, i) for split, count in counts.items() for i in range(count)]
+  mine = places[process_index::process_count]
+  for split, index in mine:
+    if not records.shard_done(output_dir, split, index, counts[split], header):
+      corpus = records.RecordSet(audio_dir, split)
+      records.write_shard(output_dir, split, index, counts[split], tokenise(corpus, corpus.shard_indices(index)),
+                          header, made_with=made_with)
+      report(f'extracted {split} {index + 1}/{counts[split]}')
+  missing = [place for place in places if not records.shard_done(output_dir, *place, counts[place[0]], header)]
+  if missing and process_count > 1:
+    report(f'process {process_index} of {process_count} is done with its {len(mine)} shards; {len(missing)} of other '
+           'processes are missing, and the last to end writes the manifest')
+    return None
   return records.finish(output_dir, header, counts)
 
 
-def _report(line: str) -> None:
+def _to_stderr(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
 
 
-def _check_output(output_dir: str | os.PathLike, header: records.Header) -> None:
-  try:
-    old = records.read_manifest(output_dir).header
-  except FileNotFoundError:
-    return
-  for name in ('lineage', 'settings', 'streams'):
-    before, now = getattr(old, name), getattr(header, name)
-    for key in sorted(set(before) | set(now)):
-      if before.get(key) != now.get(key):
-        raise ValueError(f'{output_dir} holds tokens of {key} {before.get(key)}, this would be {key} {now.get(key)}; '
-                         'name another output')
+class _Tokeniser:
+  """Clips to token examples in batches of one shape, the next batch read while the devices work on this one."""
 
+  def __init__(self, cascade: Cascade, seconds: float, batch_size: int):
+    self.cascade, self.seconds, self.batch_size = cascade, seconds, batch_size
+    self.specs = {cascade.token_spec(role).feature: cascade.token_spec(role) for role in TOKENIZERS}
+    self.encode = cascade.function('codec', 'encode', parallel=True)
+    self.semantic = cascade.function('semantic', 'tokens', parallel=True)
+    self.embed = cascade.function('mulan', 'embed_audio', parallel=True)
+    self.mulan = cascade.function('mulan', 'tokens', parallel=True)
 
-def _tokenise(corpus: records.RecordSet, indices: np.ndarray, cascade: Cascade, seconds: float, batch_size: int
-              ) -> Iterator[dict[str, Any]]:
-  """Token examples of the audio examples at `indices`, padded to `seconds` on the way."""
-  rate = corpus.header.streams['audio']['sample_rate']
-  # Whole seconds hold whole frames of every stream.
-  samples = math.ceil(seconds) * rate
-  run = {'acoustic': cascade.function('codec', 'encode'), 'semantic': cascade.function('semantic', 'tokens'),
-         'embed': cascade.function('mulan', 'embed_audio'), 'mulan': cascade.function('mulan', 'tokens')}
-  by_feature = {cascade.token_spec(role).feature: cascade.token_spec(role) for role in TOKENIZERS}
-  for first in range(0, len(indices), batch_size):
-    examples = [corpus[int(i)] for i in indices[first:first + batch_size]]
-    audio_BxN = np.zeros((batch_size, samples), np.float32)
-    length_B = np.full((batch_size,), samples, np.int32)
+  def __call__(self, corpus: records.RecordSet, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+    rate = corpus.header.streams['audio']['sample_rate']
+
+    def read(batch: int, *_: int) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+      chosen = indices[batch * self.batch_size:(batch + 1) * self.batch_size]
+      return self._batch([corpus[int(i)] for i in chosen], rate)
+
+    with Prefetch(read, 0, -(-len(indices) // self.batch_size)) as batches:
+      running = None
+      for examples, audio_BxN, length_B in batches:
+        # The devices start on this batch before the tokens of the one before are fetched and written.
+        started = examples, length_B, self._start(audio_BxN, length_B)
+        if running is not None:
+          yield from self._finished(*running, rate)
+        running = started
+      if running is not None:
+        yield from self._finished(*running, rate)
+
+  def _batch(self, examples: list[dict[str, Any]], rate: int) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    samples = math.ceil(self.seconds) * rate  # whole seconds hold whole frames of every stream
+    audio_BxN = np.zeros((self.batch_size, samples), np.float32)
+    length_B = np.full((self.batch_size,), samples, np.int32)
     for row, example in enumerate(examples):
-      audio_BxN[row, :len(example['audio'])] = example['audio']
-      length_B[row] = len(example['audio'])
-    tokens = {'acoustic': run['acoustic'](audio_BxN), 'semantic': run['semantic'](audio_BxN),
-              'mulan': run['mulan'](run['embed'](audio_BxN, length_B))}
+      audio = example.pop('audio')
+      audio_BxN[row, :len(audio)] = audio
+      length_B[row] = len(audio)
+    return examples, audio_BxN, length_B
+
+  def _start(self, audio_BxN: np.ndarray, length_B: np.ndarray) -> dict[str, jax.Array]:
+    return {'acoustic': self.encode(audio_BxN), 'semantic': self.semantic(audio_BxN),
+            'mulan': self.mulan(self.embed(audio_BxN, length_B))}
+
+  def _finished(self, examples: list[dict[str, Any]], length_B: np.ndarray, tokens: dict[str, jax.Array], rate: int
+                ) -> Iterator[dict[str, Any]]:
     tokens = jax.device_get(tokens)
     for row, example in enumerate(examples):
-      held = {name: cut(tokens[name][row], by_feature[name], length_B[row] / rate) for name in tokens}
+      held = {name: cut(tokens[name][row], self.specs[name], length_B[row] / rate) for name in tokens}
       yield {**{k: example[k] for k in _CARRIED if k in example}, **held}
 
 

@@ -51,3 +51,33 @@ def write_tokens(folder: str | os.PathLike, *, clips: int = 24, seconds: float =
   header = records.Header('tokens', records.token_streams(token_specs().values()), lineage=lineage or {})
   records.write_records(folder, {'train': examples('train', clips), 'test': examples('test', 12)}, header, num_shards=2)
   return pathlib.Path(folder)
+
+
+def make_networks(folder: str | os.PathLike, audio: str | os.PathLike) -> pathlib.Path:
+  """Untrained networks and fitted tokenizers at size nano, as `extract` wants them: a workdir in seconds."""
+  folder = pathlib.Path(folder)
+  for name, macros in (('codec', {'NUM_STEPS': 1}), ('mulan', {'NUM_STEPS': 0}), ('w2v_bert', {'NUM_STEPS': 0}),
+                       ('mulan_tokens', {'MULAN_WORKDIR': folder / 'mulan'}),
+                       ('semantic_tokens', {'W2V_WORKDIR': folder / 'w2v_bert'})):
+    built = experiment(name, RECORDS=audio, **macros, **{'partition.Partitioner.data': 1})
+    built.build(workdir=str(folder / name), dry_run=False)
+  return folder
+
+
+def write_signals(folder: str | os.PathLike, *, clips: int = 30, held_out: int = 4, shards: int = 5,
+                  seconds: float = 2.0) -> pathlib.Path:
+  """Audio records each of which is noise seeded by its index, and carries the index; the last clips are shorter."""
+  def clip(i):
+    length = int(24000 * (seconds if i % 7 else seconds / 2))
+    audio = np.random.default_rng(i).normal(0, 0.1, length).astype(np.float32)
+    return {'audio': audio, 'sample_rate': 24000, 'recording': f'signal {i}', 'artist': '', 'start': 0.0,
+            'texts': [{'kind': 'title', 'text': f'signal {i}'}], 'attributes': {'index': i},
+            'source': {'licence': 'CC0-1.0'}}
+
+  header = records.Header('audio', records.audio_streams(24000))
+  for split, numbers in (('train', range(clips)), ('test', range(clips, clips + held_out))):
+    count = shards if split == 'train' else 1
+    for shard in range(count):
+      records.write_shard(folder, split, shard, count, (clip(i) for i in numbers[shard::count]), header)
+  records.finish(folder, header, {'train': shards, 'test': 1})
+  return pathlib.Path(folder)

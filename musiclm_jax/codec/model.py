@@ -123,6 +123,17 @@ class SoundStream(nnx.Module):
     """Samples that a frame waits for, from its first one to its decoded audio."""
     return self.encoder.latency
 
+  @property
+  def encoder_reach(self) -> int:
+    """Frames before its own that the tokens of a frame hear: crops of audio and of tokens agree from there on."""
+    c, scale = self.config, self.config.patch
+    samples = (c.kernel - 1) * scale
+    for stride in c.strides:
+      samples += scale * (c.kernel - 1) * sum(c.dilations) + scale * (2 * stride - 1)
+      scale *= stride
+    samples += (c.latent_kernel - 1) * scale
+    return -(-samples // c.stride)
+
   def encode_latents(self, audio_BxN: jax.Array) -> jax.Array:
     """Latents before quantization, float32 [B, F, D]; N must be a multiple of the stride."""
     self._check_audio(audio_BxN)

@@ -102,7 +102,7 @@ class SemanticTokenizer(Fit):
       # Sums of squares are taken around the sample's mean, where they lose no digits.
       return {**buffers, 'mean': jnp.mean(sample_MxD, axis=0), 'deviation': jnp.ones(sample_MxD.shape[1:])}
     codes = spread_rows(self._normalised(buffers, sample_MxD), self.codebook_size, key)
-    return self._with_codes(buffers, codes)
+    return self._with_codes(buffers, codes, jnp.ones((self.codebook_size,)))
 
   def statistics(self, buffers: Any, rows_NxD: jax.Array, weight_N: jax.Array, phase: str) -> Any:
     rows = self._normalised(buffers, rows_NxD)
@@ -130,15 +130,15 @@ class SemanticTokenizer(Fit):
     codes = split_widest(codes, count, distance)
     metrics = {'inertia': jnp.sum(distance) / jnp.sum(count), 'perplexity': perplexity(count),
                'empty_clusters': jnp.sum(count == 0)}
-    return self._with_codes(buffers, codes), metrics
+    return self._with_codes(buffers, codes, count), metrics
 
   def _normalised(self, buffers: Any, rows_NxD: jax.Array) -> jax.Array:
     return (rows_NxD.astype(jnp.float32) - buffers['mean']) / buffers['deviation']
 
-  def _with_codes(self, buffers: Any, codes_KxD: jax.Array) -> Any:
-    # The quantizer's own moving sums stay consistent with its codes, each counted once.
-    count = jnp.ones((1, self.codebook_size))
-    return {**buffers, 'quantizer': {'codebook': codes_KxD[None], 'count': count, 'sum': codes_KxD[None]}}
+  def _with_codes(self, buffers: Any, codes_KxD: jax.Array, count_K: jax.Array) -> Any:
+    # The quantizer's own moving sums stay consistent with its codes.
+    return {**buffers, 'quantizer': {'codebook': codes_KxD[None], 'count': count_K[None],
+                                     'sum': (count_K[:, None] * codes_KxD)[None]}}
 
 
 def split_widest(codes_KxD: jax.Array, count_K: jax.Array, distance_K: jax.Array) -> jax.Array:

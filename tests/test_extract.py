@@ -1,0 +1,172 @@
+"""Tokens as a job: the same bytes however often it is killed, whoever shares the work, and nothing mixed up."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from musiclm_jax import extract as extraction
+from musiclm_jax.cascade import TOKENIZERS, Cascade
+from musiclm_jax.data import inspection, records
+from musiclm_jax.specs import TokenSpec
+from musiclm_jax.training import state as states
+from tests.trainings import make_networks, write_signals
+
+
+@pytest.fixture(scope='session')
+def audio(tmp_path_factory):
+  return write_signals(tmp_path_factory.mktemp('signals'))
+
+
+@pytest.fixture(scope='session')
+def networks(tmp_path_factory, audio):
+  return make_networks(tmp_path_factory.mktemp('networks'), audio)
+
+
+@pytest.fixture(scope='session')
+def cascade(networks):
+  return Cascade(networks)
+
+
+@pytest.fixture(scope='session')
+def tokens(tmp_path_factory, audio, cascade):
+  folder = tmp_path_factory.mktemp('tokens')
+  extraction.extract(audio, folder, cascade, batch_size=1, report=lambda line: None)
+  return folder
+
+
+def content(folder):
+  return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_every_record_is_there_once_with_what_it_carried(audio, tokens):
+  corpus = records.RecordSet(tokens, 'train')
+  examples = [corpus[i] for i in range(len(corpus))]
+  assert sorted(e['attributes']['index'] for e in examples) == list(range(30))
+  short = [e for e in examples if e['attributes']['index'] % 7 == 0]
+  assert {len(e['semantic']) for e in short} == {25} and {len(e['acoustic']) for e in short} == {50}
+  assert {len(e['semantic']) for e in examples} == {25, 50} and {len(e['mulan']) for e in examples} == {1}
+  assert inspection.inspect(tokens, workers=1).faults == ()
+
+
+def test_the_tokens_are_those_of_the_networks(audio, tokens, cascade):
+  """Computed here from the clip alone, one clip at a time."""
+  clips, made = records.RecordSet(audio, 'train'), records.RecordSet(tokens, 'train')
+  for i in (0, 3, 20):
+    np.testing.assert_array_equal(clips[i]['recording'], made[i]['recording'])
+    clip = clips[i]['audio'][None]
+    np.testing.assert_array_equal(np.asarray(cascade.function('codec', 'encode')(clip))[0], made[i]['acoustic'])
+
+
+def test_a_shard_says_what_made_it(tokens, cascade):
+  sidecar = json.loads((tokens / 'train-00000-of-00005.arrayrecord.json').read_text())
+  assert sidecar['header']['lineage'] == cascade.lineage
+  assert sidecar['shard']['records'] == 6 and len(sidecar['made_with']['code']) == 16
+  made = sidecar['made_with']['networks']
+  assert made.keys() == TOKENIZERS.keys() and len(made['codec']['perplexity']) == 4
+  text = inspection.inspect(tokens, workers=1).text()
+  assert "the network's own, in training" in text and 'acoustic: perplexity of 16 codes' in text
+
+
+@pytest.mark.parametrize('count', [2, 4])
+def test_processes_that_share_the_work_make_the_same_bytes(audio, cascade, tokens, tmp_path, count):
+  order = random.Random(count).sample(range(count), count)
+  said = []
+  made = [extraction.extract(audio, tmp_path, cascade, batch_size=1, process_index=i, process_count=count,
+                             report=said.append) for i in order]
+  assert made[:-1] == [None] * (count - 1) and made[-1] is not None
+  assert sum('of other processes are missing' in line for line in said) == count - 1
+  assert content(tmp_path) == content(tokens)
+
+
+def test_an_interrupted_extraction_makes_only_what_is_missing(audio, cascade, tokens, tmp_path):
+  for name, whole in content(tokens).items():
+    if name.startswith('train-00001') or name.startswith('test'):
+      (tmp_path / name).write_bytes(whole)
+  (tmp_path / '.train-00002-of-00005.arrayrecord.99.tmp').write_bytes(b'torn')
+  said = []
+  extraction.extract(audio, tmp_path, cascade, batch_size=1, report=said.append)
+  assert said == [f'extracted train {i}/5' for i in (1, 3, 4, 5)]
+  assert content(tmp_path) == content(tokens)
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.glob('*.arrayrecord')}
+  extraction.extract(audio, tmp_path, cascade, batch_size=1, report=said.append)
+  assert {p: p.stat().st_mtime_ns for p in tmp_path.glob('*.arrayrecord')} == before
+
+
+@pytest.mark.parametrize('finished', [True, False])
+def test_tokens_of_other_networks_or_settings_are_refused(audio, cascade, tokens, tmp_path, finished):
+  for name, whole in content(tokens).items():
+    if finished or 'manifest' not in name:
+      (tmp_path / name).write_bytes(whole)
+  with pytest.raises(ValueError, match='holds tokens of batch 1, this would be batch 2; name another output'):
+    extraction.extract(audio, tmp_path, cascade, batch_size=2)
+
+  class Other(Cascade):
+    @property
+    def lineage(self):
+      return {**super().lineage, 'codec': 'other'}
+
+  other = Other('', cascade.places)
+  with pytest.raises(ValueError, match=f'tokens of codec {cascade.lineage["codec"]}, this would be codec other'):
+    extraction.extract(audio, tmp_path, other, batch_size=1)
+  assert finished == ((tmp_path / 'manifest.json').exists())
+
+
+def test_many_devices_compute_what_one_computes(cascade):
+  clips = np.random.default_rng(0).normal(0, 0.1, (jax.local_device_count(), 24000)).astype(np.float32)
+  for role, method in (('codec', 'encode'), ('semantic', 'tokens')):
+    one, many = (states.compiled(cascade.part(role).model, method, parallel=p) for p in (False, True))
+    np.testing.assert_array_equal(np.concatenate([one(c[None]) for c in clips]), many(clips))
+
+
+def test_the_process_index_must_fit():
+  with pytest.raises(ValueError, match='process 3 of 3: the index counts from 0'):
+    extraction.extract('nowhere', 'nowhere', None, process_index=3, process_count=3)
+
+
+def test_token_crops_are_the_tokens_of_cropped_audio_away_from_the_edges(cascade):
+  """The codec is causal: what a frame hears ends with it, and begins `reach` frames before."""
+  audio = np.random.default_rng(1).normal(0, 0.1, (1, 48000)).astype(np.float32)
+  encode = cascade.function('codec', 'encode')
+  whole = np.asarray(encode(audio))
+  reach = cascade.part('codec').model.encoder_reach
+  assert 0 < reach < 20
+  for first in (10, 37, 60):
+    crop = np.asarray(encode(audio[:, first * 480:]))
+    np.testing.assert_array_equal(crop[:, reach:], whole[:, first + reach:])
+  assert TokenSpec('x', 2, 1, 50.0).frames(1.0) == 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_killed_again_and_again_by_command_it_makes_the_same_bytes(audio, networks, tokens, tmp_path, count):
+  environment = {**os.environ, 'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'compiled'),
+                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
+  output, generator, kills = tmp_path / 'made', random.Random(count), 0
+  command = lambda i: [sys.executable, '-m', 'musiclm_jax.main', 'extract', '--input', str(audio), '--workdir',
+                       str(networks), '--output', str(output), '--batch_size', '1', '--process_index', str(i),
+                       '--process_count', str(count)]
+  for _ in range(20):
+    running = [subprocess.Popen(command(i), env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+               for i in range(count)]
+    wanted = len(list(output.glob('*.arrayrecord'))) + 1
+    deadline = time.monotonic() + 300
+    while any(p.poll() is None for p in running) and time.monotonic() < deadline:
+      if kills < 4 and len(list(output.glob('*.arrayrecord'))) >= wanted:
+        time.sleep(generator.random() * 0.1)
+        victim = generator.choice(running)
+        kills += victim.poll() is None
+        victim.send_signal(signal.SIGKILL)
+        break
+      time.sleep(0.005)
+    codes = [p.wait() for p in running]
+    if codes == [0] * count:
+      break
+  assert kills and (output / 'manifest.json').exists()
+  assert content(output) == content(tokens)
