@@ -1,9 +1,11 @@
 """The one trainer: `train` for everything with a gradient, `fit` for everything that is summed over a corpus."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
-import os
+import functools
+import json
 import pathlib
 from typing import Any
 
@@ -12,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from musiclm_jax import axes, specs
-from musiclm_jax.data.prefetch import prefetch
+from musiclm_jax import axes, provenance, specs
+from musiclm_jax.data.prefetch import Prefetch
 from musiclm_jax.objective import Fit, Objective
-from musiclm_jax.training import accumulate, checkpoint, metrics, optimizer as optimizers, state as states
+from musiclm_jax.training import accumulate, checkpoint, integrity, metrics, optimizer as optimizers, state as states
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton, TrainState
+from musiclm_jax.training.workdir import Interruption, make_writable, owned, Stopped
 
 Batches = Callable[..., dict[str, np.ndarray]]  # (step, process_index, process_count) -> this process's rows
 
@@ -65,7 +68,8 @@ class Precision:
 def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: str, num_steps: int,
           partitioner: Partitioner = Partitioner(), cadence: Cadence = Cadence(), precision: Precision = Precision(),
           eval_batches: Batches | None = None, init_from: InitFrom | str | None = None, seed: int = 0,
-          stop_after: int | None = None, dry_run: bool = False) -> TrainState | None:
+          data_processes: int = 0, stop_after: int | None = None, dry_run: bool = False, configuration: str = ''
+          ) -> TrainState | None:
   """Runs, or resumes, `objective` until `num_steps` steps are done.
 
   A step is a function of (seed, step, state): N steps equal k steps, a restart and N - k more, bit for bit on
@@ -76,38 +80,41 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
     batches: a pure function of the step. eval_batches: likewise, for the held-out metrics.
     optimizer: an `optimizer.Adam`, an optax transformation, or a mapping from group to either.
     init_from: a workdir stands for all of its parameters.
+    data_processes: processes that prepare batches ahead; 0 is a thread of this one, enough where batches are read and
+      not computed.
     stop_after: ends early, with a checkpoint, after this step; the schedule does not change.
     dry_run: prints what would run, and what it would read and write, and stops.
+    configuration: text that starts the same run again; kept as `config.gin` and in every checkpoint.
 
   Returns the last state (None for a dry run). Raises ValueError for what the user can put right,
-  `metrics.NonFiniteLoss` where the loss of a step is not finite.
+  `metrics.NonFiniteLoss` where the loss of a step is not finite, `workdir.Stopped` after SIGTERM or Ctrl-C, with a
+  checkpoint of the step that was running.
   """
   if isinstance(init_from, str):
     init_from = InitFrom(init_from)
-  run = _Run(objective, optimizer, workdir, partitioner, precision, init_from, seed)
+  run = _Run(objective, optimizer, workdir, partitioner, precision, init_from, seed, data_processes)
   run.check(batches, precision.microbatches)
   if dry_run:
     print(run.describe(batches, num_steps))
     return None
-  make_writable(workdir)
   lineage = dict(getattr(getattr(batches, 'corpus', None), 'lineage', {}))
-  if init_from is not None:
-    lineage[init_from.into or 'init'] = checkpoint.load(init_from.workdir).content_hash
-  checkpoints = checkpoint.Checkpoints(workdir, objective, keep=cadence.keep, lineage=lineage)
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner.constrain):
+  if run.donor is not None:
+    lineage[init_from.into or 'init'] = run.donor.content_hash
+  last = num_steps if stop_after is None else min(num_steps, stop_after)
+  with run.begun(batches, lineage, configuration, keep=cadence.keep) as checkpoints, Interruption() as interruption:
     state = run.restore_or_create(checkpoints, batches)
-    last = num_steps if stop_after is None else min(num_steps, stop_after)
-    state = _loop(run, state, batches, eval_batches, checkpoints, cadence, last, num_steps)
-  checkpoints.save(state)
-  checkpoints.wait()
-  checkpoints.close()
+    state = _loop(run, state, batches, eval_batches, checkpoints, cadence, last, num_steps, interruption)
+    checkpoints.save(state)
+  if int(state.step) < last:
+    raise Stopped(interruption.signal, int(state.step))
   return state
 
 
 class _Run:
   """What stays the same for all steps of a run: the model's skeleton, layouts and compiled functions."""
 
-  def __init__(self, objective, optimizer, workdir, partitioner, precision, init_from, seed):
+  def __init__(self, objective, optimizer, workdir, partitioner, precision, init_from, seed, data_processes=0):
+    self.data_processes = data_processes
     self.objective, self.workdir, self.partitioner = objective, workdir, partitioner
     self.init_from, self.seed = init_from, seed
     self.skeleton = Skeleton.of(objective)
@@ -123,6 +130,29 @@ class _Run:
     self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
     self.evaluate = jax.jit(lambda state, batch, key: objective.loss(
         self.skeleton.model(state.ema or state.params, state.buffers), batch, key, training=False))
+
+  @functools.cached_property
+  def donor(self) -> checkpoint.Loaded | None:
+    """The other run that parameters are taken over from."""
+    return None if self.init_from is None else checkpoint.load(self.init_from.workdir)
+
+  @contextlib.contextmanager
+  def begun(self, batches: Batches, lineage: dict[str, str], configuration: str, **options: Any
+            ) -> Iterator[checkpoint.Checkpoints]:
+    """The workdir taken into possession, the mesh set, and the checkpoints, whose last save is whole at the end."""
+    make_writable(self.workdir)
+    with contextlib.ExitStack() as stack:
+      if jax.process_index() == 0:
+        stack.enter_context(owned(self.workdir))
+        if configuration:
+          pathlib.Path(self.workdir, 'config.gin').write_text(configuration)
+      made_with = provenance.made_with(
+          configuration=configuration, data=getattr(batches, 'fingerprint', ''), seed=self.seed)
+      checkpoints = stack.enter_context(checkpoint.Checkpoints(
+          self.workdir, self.objective, lineage=lineage, made_with=made_with, **options))
+      stack.enter_context(jax.set_mesh(self.partitioner.mesh))
+      stack.enter_context(axes.constraining(self.partitioner.constrain))
+      yield checkpoints
 
   def check(self, batches: Batches, microbatches: int) -> None:
     size = batches.batch_size
@@ -160,16 +190,16 @@ class _Run:
     if (state := checkpoints.restore(targets)) is not None:
       logging.info('resuming %s at step %d', self.workdir, int(state.step))
       return state
-    state = jax.jit(self.create, out_shardings=self.shardings)(self.init_key)
-    take_over = lambda state: state
-    if self.init_from is not None:
-      loaded = checkpoint.load(self.init_from.workdir)
-      take_over = lambda state: self._take_over(state, loaded)
-    # A start sees the network as it will be, and changes nothing that was taken over.
-    return take_over(self._data_dependent_start(take_over(state), batches))
+    state = self._take_over(jax.jit(self.create, out_shardings=self.shardings)(self.init_key))
+    if type(self.objective).start is Objective.start:
+      return state
+    # The start sees the network as it will be, and changes nothing that was taken over.
+    return self._take_over(self._data_dependent_start(state, batches))
 
-  def _take_over(self, state: TrainState, loaded: checkpoint.Loaded) -> TrainState:
-    source = self.init_from
+  def _take_over(self, state: TrainState) -> TrainState:
+    source, loaded = self.init_from, self.donor
+    if loaded is None:
+      return state
     params = checkpoint.graft(state.params, loaded.params, part=source.part, into=source.into)
     buffers = state.buffers
     if loaded.buffers:
@@ -178,9 +208,7 @@ class _Run:
     return jax.tree.map(lambda x, s: jnp.copy(jax.device_put(x, s)), taken, self.shardings)
 
   def _data_dependent_start(self, state: TrainState, batches: Batches) -> TrainState:
-    """Variables from the first batch, where the objective has such a start (codebooks by k-means)."""
-    if type(self.objective).start is Objective.start:
-      return state
+    """Variables from the first batch (codebooks by k-means)."""
     batch = self.partitioner.global_batch(batches(0, jax.process_index(), jax.process_count()))
     start = jax.jit(lambda s, b, key: states.started(self.objective, self.skeleton, s, b, key),
                     out_shardings=self.shardings)
@@ -188,15 +216,18 @@ class _Run:
 
 
 def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches | None,
-          checkpoints: checkpoint.Checkpoints, cadence: Cadence, last: int, num_steps: int) -> TrainState:
+          checkpoints: checkpoint.Checkpoints, cadence: Cadence, last: int, num_steps: int,
+          interruption: Interruption) -> TrainState:
   first = int(state.step)
   if first >= last:
     return state
   writer = metrics.MetricsWriter(run.workdir, first)
   alarm = metrics.ChanceAlarm(cadence.chance_after)
   progress = metrics.Progress(pathlib.Path(run.workdir).name, first, last)
-  feed = prefetch(batches, first, last - first, process_index=jax.process_index(), process_count=jax.process_count())
+  feed = Prefetch(batches, first, last - first, process_index=jax.process_index(), process_count=jax.process_count(),
+                  processes=run.data_processes)
   every = lambda step, period: period > 0 and step % period == 0
+  waits = metrics.WaitAlarm()
   pending: tuple[int, Any] | None = None
 
   def settle() -> None:
@@ -206,12 +237,19 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
       return
     done, values = pending
     pending = None
-    metrics.check_finite(done, values['loss'])
+    if not np.isfinite(values['loss']):
+      raise metrics.NonFiniteLoss(done, float(values['loss']), _keep_batch(run, batches, done))
+    checkpoints.check()  # a save that failed ends the run now, not at the next save
     report = every(done, cadence.log_every) or done == last
     if report:
       flat = metrics.scalars(jax.device_get(values))
       writer.write(done, flat)
       alarm(done, flat)
+      if waits(feed.waited_share):
+        logging.warning('step %d: training waited for data %.0f%% of the time since step %d; DATA_PROCESSES, now %d, '
+                        'says how many processes prepare batches', done, 100 * feed.waited_share,
+                        max(first, done - cadence.log_every), run.data_processes)
+      feed.reset_wait()
     progress.update(done, f'loss {float(values["loss"]):.4f}', report=report)
 
   try:
@@ -222,16 +260,28 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
       pending = (done, values)
       if every(done, cadence.checkpoint_every) and done < last:
         settle()  # a state is saved only after its loss was seen to be finite
+        integrity.check_replicas({'params': state.params, 'buffers': state.buffers}, done, run.workdir)
         checkpoints.save(state)
       if eval_batches is not None and (every(done, cadence.eval_every) or done == last):
         writer.write(done, held_out(run, state, eval_batches, cadence.eval_batches), part='eval')
+      if interruption.asked(done):
+        break
     settle()
   finally:
     progress.close()
     feed.close()
-  if feed.waited_share > 0.1:
-    logging.warning('training waited for data %.0f%% of the time', 100 * feed.waited_share)
   return state
+
+
+def _keep_batch(run: _Run, batches: Batches, step: int) -> pathlib.Path | None:
+  """Writes down which examples the batch of a step had."""
+  if not hasattr(batches, 'examples') or jax.process_index():
+    return None
+  rows = [{k: v for k, v in example.items() if isinstance(v, (str, int, float))}
+          for example in batches.examples(step - 1)]
+  path = pathlib.Path(run.workdir) / f'batch_of_step_{step}.json'
+  path.write_text(json.dumps(rows, indent=1))
+  return path
 
 
 def held_out(run: _Run, state: TrainState, batches: Batches, count: int) -> dict[str, float]:
@@ -246,8 +296,8 @@ def held_out(run: _Run, state: TrainState, batches: Batches, count: int) -> dict
 
 
 def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, init_from: InitFrom,
-        partitioner: Partitioner = Partitioner(), save_every: int = 20, seed: int = 0, dry_run: bool = False
-        ) -> TrainState | None:
+        partitioner: Partitioner = Partitioner(), save_every: int = 20, seed: int = 0, dry_run: bool = False,
+        configuration: str = '') -> TrainState | None:
   """Fits, or continues to fit, `objective` on the features of `num_batches` batches.
 
   Each pass over the features is a step; every `save_every` of them are saved, and an interrupted fit continues from
@@ -258,10 +308,8 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
   if dry_run:
     print(run.describe(batches, passes))
     return None
-  make_writable(workdir)
-  source = checkpoint.load(init_from.workdir)
-  checkpoints = checkpoint.Checkpoints(workdir, objective, lineage={init_from.into: source.content_hash})
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner.constrain):
+  lineage = {init_from.into: run.donor.content_hash}
+  with run.begun(batches, lineage, configuration) as checkpoints, Interruption() as interruption:
     state = run.restore_or_create(checkpoints, batches)
     if int(state.step) < passes:
       rows = accumulate.gather_features(
@@ -272,20 +320,11 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
           objective, state.buffers, rows, partitioner, run.run_key, first=int(state.step)):
         state = dataclasses.replace(state, buffers=buffers, step=jnp.int32(done))
         writer.write(done, metrics.scalars(jax.device_get(values)), part=phase)
-        if done % save_every == 0 or done == passes:
+        stop = interruption.asked(done) and done < passes
+        if done % save_every == 0 or done == passes or stop:
           checkpoints.save(state)
-  checkpoints.wait()
-  checkpoints.close()
+        if stop:
+          break
+  if int(state.step) < passes:
+    raise Stopped(interruption.signal, int(state.step))
   return state
-
-
-def make_writable(workdir: str | os.PathLike) -> None:
-  """Creates the directory, or says in one line why it cannot be written to."""
-  path = pathlib.Path(workdir)
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / f'.writable_{os.getpid()}'
-    probe.touch()
-    probe.unlink()
-  except OSError as error:
-    raise ValueError(f'cannot write to the workdir {workdir}: {error.strerror}; name another one') from error

@@ -1,14 +1,14 @@
-"""Computes batches ahead of the training step, in threads."""
+"""Computes batches ahead of the training step, in a thread or in processes of their own."""
 from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator
 import concurrent.futures
+import multiprocessing
 import time
+from typing import Any
 
-import numpy as np
-
-Batch = dict[str, np.ndarray]
+Batch = Any
 
 
 class Prefetch(Iterator[Batch]):
@@ -16,26 +16,38 @@ class Prefetch(Iterator[Batch]):
 
   A batch is a function of its step, so running ahead changes nothing and there is no state to save. An
   exception in a batch is raised to the consumer at that batch's turn. Leaving a `with` block, or `close`,
-  ends the threads.
+  ends the workers.
+
+  Args:
+    depth: batches that are computed or wait to be taken, at least one for each worker.
+    processes: workers that are processes: for batches that cost Python time (decoding, composing). 0 is one thread,
+      which costs nothing to start.
   """
 
   def __init__(self, batches: Callable[..., Batch], first_step: int, num_steps: int, *,
-               process_index: int = 0, process_count: int = 1, depth: int = 2, workers: int = 1):
-    if depth < 1 or workers < 1:
-      raise ValueError(f'prefetching needs a depth and workers of at least 1, found {depth} and {workers}')
-    self._batches = batches
+               process_index: int = 0, process_count: int = 1, depth: int = 2, processes: int = 0):
+    if depth < 1 or processes < 0:
+      raise ValueError(f'prefetching needs a depth of at least 1, found {depth}, and no negative number of processes, '
+                       f'found {processes}')
     self._hosts = (process_index, process_count)
     self._steps = iter(range(first_step, first_step + num_steps))
-    self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix='batches')
+    if processes and num_steps:
+      # "spawn": a process that forks while JAX or TensorFlow has threads can hang.
+      self._pool: concurrent.futures.Executor = concurrent.futures.ProcessPoolExecutor(
+          processes, mp_context=multiprocessing.get_context('spawn'), initializer=_keep, initargs=(batches,))
+      self._compute = _compute
+    else:
+      self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='batches')
+      self._compute = batches
     self._pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
     self._started = time.perf_counter()
     self._waited = 0.0
-    for _ in range(max(depth, workers)):
+    for _ in range(max(depth, processes + 1)):
       self._submit()
 
   def _submit(self) -> None:
     if (step := next(self._steps, None)) is not None:
-      self._pending.append(self._pool.submit(self._batches, step, *self._hosts))
+      self._pending.append(self._pool.submit(self._compute, step, *self._hosts))
 
   def __next__(self) -> Batch:
     if not self._pending:
@@ -44,6 +56,10 @@ class Prefetch(Iterator[Batch]):
     began = time.perf_counter()
     try:
       batch = self._pending.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool:
+      self.close()
+      raise RuntimeError('a process that prepares batches was killed, perhaps for want of memory; run the same command '
+                         'again to go on, with fewer of them (DATA_PROCESSES)') from None
     except BaseException:
       self.close()
       raise
@@ -75,8 +91,13 @@ class Prefetch(Iterator[Batch]):
     self.close()
 
 
-def prefetch(batches: Callable[..., Batch], first_step: int, num_steps: int, process_index: int = 0,
-             process_count: int = 1, depth: int = 2, workers: int = 1) -> Prefetch:
-  """An iterator over `batches(step, process_index, process_count)` that stays up to `depth` batches ahead."""
-  return Prefetch(batches, first_step, num_steps, process_index=process_index, process_count=process_count,
-                  depth=depth, workers=workers)
+_batches: Callable[..., Batch] | None = None  # of a worker process
+
+
+def _keep(batches: Callable[..., Batch]) -> None:
+  global _batches
+  _batches = batches
+
+
+def _compute(step: int, process_index: int, process_count: int) -> Batch:
+  return _batches(step, process_index, process_count)

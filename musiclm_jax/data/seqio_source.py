@@ -228,11 +228,11 @@ class TaskCorpus:
   def _preprocessed(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
     return self.task.preprocess_postcache(self.task.preprocess_precache(dataset), sequence_length=None)
 
-  def __getstate__(self):
-    return {'task': self.task.name, 'split': self.records.split}
-
-  def __setstate__(self, state):
-    self.__init__(seqio.TaskRegistry.get(state['task']), state['split'])
+  def __reduce__(self):
+    # Without preprocessors the records are the examples, and another process needs no TensorFlow to read them.
+    if not self.task.preprocessors:
+      return records.RecordSet, (self.records.directory, self.records.split)
+    return open_task, (self.task.name, self.records.split)
 
 
 class _Pipeline:

@@ -6,7 +6,8 @@ A step directory holds the items `params`, `buffers`, `optimizer`, `ema` (Orbax 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,8 +24,10 @@ import orbax.checkpoint as ocp
 
 from musiclm_jax import specs
 from musiclm_jax.objective import Objective
+from musiclm_jax.training import integrity
 from musiclm_jax.training.state import Skeleton, TrainState
 
+_MARKER = '_CHECKPOINT_METADATA'  # what Orbax writes into a step when the rest of it is there
 _ITEMS = {'params': 'params', 'buffers': 'buffers', 'optimizer': 'opt_state', 'ema': 'ema'}
 
 
@@ -32,15 +35,20 @@ def _directory(workdir: str | os.PathLike) -> pathlib.Path:
   return pathlib.Path(workdir).absolute() / 'checkpoints'
 
 
+class SaveFailed(RuntimeError):
+  """A checkpoint could not be written; the message says why."""
+
+
 class Checkpoints:
-  """The checkpoints of one run.
+  """The checkpoints of one run. `save`, `check`, and the end of the `with` block raise `SaveFailed`.
 
   Raises ValueError from `restore` where the newest checkpoint is of another architecture, naming the first
   field that differs. A checkpoint that cannot be read is set aside with a warning and the one before is used.
   """
 
   def __init__(self, workdir: str | os.PathLike, objective: Objective, *, keep: int = 2,
-               lineage: Mapping[str, str] | None = None):
+               lineage: Mapping[str, str] | None = None, made_with: Mapping[str, Any] | None = None):
+    self._made_with = dict(made_with or {})
     self._directory = _directory(workdir)
     self._objective = objective
     self._lineage = dict(lineage or {})
@@ -54,18 +62,22 @@ class Checkpoints:
       raise ValueError(f'cannot write checkpoints under {workdir}: {error.strerror}; choose another workdir') from error
 
   def save(self, state: TrainState) -> None:
-    """Starts saving; returns once the arrays have left the device. A failure of the save before is raised here."""
+    """Starts saving; returns once the arrays have left the device."""
     step = int(state.step)
     if step in self._manager.all_steps():
       return
     about = {
         'objective': json.loads(specs.to_json(self._objective)),
         'lineage': self._lineage,
+        'made_with': self._made_with,
+        'checksums': {name: integrity.checksums(getattr(state, field)) for name, field in _ITEMS.items()},
         'assets': {k: base64.b64encode(v).decode() for k, v in self._objective.assets().items()},
     }
     items = {name: ocp.args.StandardSave(tree) for name, field in _ITEMS.items()
              if jax.tree.leaves(tree := getattr(state, field))}
-    self._manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)))
+    with self._failures():
+      if not self._manager.save(step, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about))):
+        raise RuntimeError(f'step {step} is not above step {self._manager.latest_step()}, which is there')
 
   def restore(self, abstract: TrainState) -> TrainState | None:
     """The newest readable state, laid out as `abstract` says (shapes with shardings); None for a fresh run."""
@@ -74,11 +86,15 @@ class Checkpoints:
       if about is not None:
         _check_same(about, self._objective, self._lineage, self._directory / str(step))
       try:
+        if step not in _whole_steps(self._directory):
+          raise ValueError(f'its marker {_MARKER} is missing')
         if about is None:
           raise ValueError('its specs.json cannot be read')
         args = {name: ocp.args.StandardRestore(tree) for name, field in _ITEMS.items()
                 if jax.tree.leaves(tree := getattr(abstract, field))}
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        for name in args:
+          _check_whole(about, name, restored[name])
       except Exception as error:  # Orbax raises many kinds for a torn directory; the cause is logged
         self._set_aside(step, error)
         continue
@@ -100,21 +116,45 @@ class Checkpoints:
     (self._directory / str(step)).rename(place)
     self._manager.reload()
 
-  def wait(self) -> None:
-    """Blocks until the save in flight is whole; raises what went wrong with it."""
-    self._manager.wait_until_finished()
+  def check(self) -> None:
+    """Raises what has gone wrong with the save in flight, without waiting for it."""
+    with self._failures():
+      self._manager.check_for_errors()
 
-  def close(self) -> None:
-    self._manager.close()
+  @contextlib.contextmanager
+  def _failures(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # of many kinds, from several threads
+      cause = ' '.join(str(error).split())[:300] or type(error).__name__
+      raise SaveFailed(f'a checkpoint could not be saved under {self._directory} ({cause}); the steps there are whole: '
+                       'run the same command again to go on from the newest') from error
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    # After an error the save in flight still becomes whole, but what it raises must not hide that error.
+    try:
+      with self._failures():
+        self._manager.wait_until_finished()
+    except SaveFailed as error:
+      if kind is None:
+        raise
+      logging.warning('%s', error)
+    finally:
+      self._manager.close()
 
 
 def latest_step(workdir: str | os.PathLike) -> int | None:
   """The newest whole step, without opening anything."""
-  directory = _directory(workdir)
+  return max(_whole_steps(_directory(workdir)), default=None)
+
+
+def _whole_steps(directory: pathlib.Path) -> list[int]:
   if not directory.is_dir():
-    return None
-  steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / '_CHECKPOINT_METADATA').exists()]
-  return max(steps, default=None)
+    return []
+  return [int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / _MARKER).exists()]
 
 
 def _read_about(directory: pathlib.Path, step: int) -> dict[str, Any] | None:
@@ -124,9 +164,28 @@ def _read_about(directory: pathlib.Path, step: int) -> dict[str, Any] | None:
     return None
 
 
+def read_about(workdir: str | os.PathLike) -> dict[str, Any]:
+  """What the newest whole checkpoint says of itself: objective, lineage, what it was made with. No arrays are read.
+
+  Raises FileNotFoundError where there is none.
+  """
+  step = latest_step(workdir)
+  about = None if step is None else _read_about(_directory(workdir), step)
+  if about is None:
+    raise FileNotFoundError(f'no checkpoint under {_directory(workdir)}; train it first, or name the right workdir')
+  return about
+
+
+def _check_whole(about: dict[str, Any], item: str, tree: Any) -> None:
+  """Raises ValueError naming the first array that is not what was saved."""
+  for name, value in integrity.checksums(tree).items():
+    if about['checksums'][item][name] != value:
+      raise ValueError(f'{item}/{name} is not what was saved: its checksum differs')
+
+
 def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[str, str], where: pathlib.Path) -> None:
   """Refuses a checkpoint of another model or of other tokens. Fields that only shape the loss may change."""
-  for role, there in about.get('lineage', {}).items():
+  for role, there in about['lineage'].items():
     if (here := lineage.get(role, there)) != there:
       raise ValueError(f'{where} was trained with {role} {there}, but this run has {role} {here}; '
                        'choose another workdir')
@@ -152,7 +211,7 @@ class Loaded:
     params, buffers: the same as pure dicts.
     step: where it comes from.
     content_hash: changes whenever a parameter, a buffer or the specification does; the lineage of tokens.
-    assets, lineage: as saved.
+    assets, lineage, made_with: as saved.
   """
 
   objective: Objective
@@ -163,6 +222,7 @@ class Loaded:
   content_hash: str
   assets: dict[str, bytes]
   lineage: dict[str, str]
+  made_with: dict[str, Any]
 
 
 def content_hash(objective: Objective, *trees: Any) -> str:
@@ -197,10 +257,14 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(state))
     path = directory / str(step) / item
     trees[item] = ocp.StandardCheckpointer().restore(path, abstract) if jax.tree.leaves(abstract) else {}
+    try:
+      _check_whole(about, item, trees[item])
+    except ValueError as error:
+      raise ValueError(f'{directory / str(step)}: {error}; delete that step to use the one before') from None
   params, buffers = trees[params_item], trees['buffers']
-  assets = {k: base64.b64decode(v) for k, v in about.get('assets', {}).items()}
+  assets = {k: base64.b64decode(v) for k, v in about['assets'].items()}
   return Loaded(objective, skeleton.model(params, buffers), params, buffers, step,
-                content_hash(objective, params, buffers), assets, about.get('lineage', {}))
+                content_hash(objective, params, buffers), assets, about['lineage'], about['made_with'])
 
 
 def graft(tree: Any, donor: Any, *, part: str = '', into: str = '') -> Any:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import json
-import math
 import os
 import pathlib
 import sys
@@ -20,7 +19,12 @@ CHANCE_SUFFIX = '_chance'
 
 
 class NonFiniteLoss(RuntimeError):
-  """The loss of a step was not a finite number."""
+  """The loss of a step was not a finite number; `examples` is the file that names those of its batch."""
+
+  def __init__(self, step: int, loss: float, examples: pathlib.Path | None = None):
+    where = f' ({examples})' if examples else ': it is a pure function of the seed and the step'
+    super().__init__(f'the loss of step {step} is {loss}; nothing of this step was saved. Lower the learning rate, or '
+                     f'look at the batch of step {step}{where}')
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -71,13 +75,6 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   return lines
 
 
-def check_finite(step: int, loss: Any) -> None:
-  if not math.isfinite(float(loss)):
-    raise NonFiniteLoss(
-        f'the loss of step {step} is {float(loss)}; nothing of this step was saved. Lower the learning rate, or look '
-        f'at the batch of step {step}: it is a pure function of the seed and the step')
-
-
 class ChanceAlarm:
   """Warns once when a metric still sits at its chance level after the warm-up."""
 
@@ -94,6 +91,23 @@ class ChanceAlarm:
         self._warned.add(metric)
         logging.warning('step %d: %s is %.4f, at its chance level %.4f: nothing has been learned so far',
                         step, metric, values[metric], chance)
+
+
+class WaitAlarm:
+  """True once: for the first interval in which steps waited for data for more than a tenth of the time.
+
+  The first interval does not count: programs are compiled in it, or a file system warms up.
+  """
+
+  def __init__(self, share: float = 0.1):
+    self._share, self._intervals, self._warned = share, 0, False
+
+  def __call__(self, waited_share: float) -> bool:
+    self._intervals += 1
+    if self._intervals == 1 or self._warned or waited_share <= self._share:
+      return False
+    self._warned = True
+    return True
 
 
 class Progress:

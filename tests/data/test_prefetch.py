@@ -1,29 +1,41 @@
 """Prefetching: order, errors, ends, and how long the consumer waited."""
+import os
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from musiclm_jax.data.prefetch import prefetch
+from musiclm_jax.data.prefetch import Prefetch
 
 
 def square(step, process_index=0, process_count=1):
   return {'x': np.array([step ** 2, process_index, process_count])}
 
 
-@pytest.mark.parametrize('workers', [1, 3])
-def test_order_is_that_of_the_steps(workers):
-  def uneven(step, *hosts):
-    time.sleep(0.002 * (step % 3))
-    return square(step, *hosts)
-  found = [b['x'].tolist() for b in prefetch(uneven, 5, 7, 1, 2, depth=4, workers=workers)]
-  assert found == [[s ** 2, 1, 2] for s in range(5, 12)]
+def uneven(step, *hosts):
+  time.sleep(0.002 * (step % 3))
+  return square(step, *hosts)
+
+
+@pytest.mark.parametrize('processes', [0, 2])
+def test_order_is_that_of_the_steps(processes):
+  with Prefetch(uneven, 5, 7, process_index=1, process_count=2, depth=4, processes=processes) as feed:
+    assert [b['x'].tolist() for b in feed] == [[s ** 2, 1, 2] for s in range(5, 12)]
+
+
+def dies(step, *_):
+  os._exit(9)
+
+
+def test_a_killed_process_is_one_clear_error():
+  with pytest.raises(RuntimeError, match='was killed.*DATA_PROCESSES'):
+    next(Prefetch(dies, 0, 3, processes=1))
 
 
 def test_it_runs_ahead_but_not_further_than_depth():
   seen = []
-  feed = prefetch(lambda step, *_: seen.append(step) or square(step), 0, 100, depth=3)
+  feed = Prefetch(lambda step, *_: seen.append(step) or square(step), 0, 100, depth=3)
   next(feed)
   time.sleep(0.1)
   assert seen == [0, 1, 2, 3]
@@ -35,7 +47,7 @@ def test_errors_reach_the_consumer_in_turn():
     if step == 2:
       raise ValueError('record 2 cannot be read')
     return square(step)
-  feed = prefetch(faulty, 0, 10, depth=4)
+  feed = Prefetch(faulty, 0, 10, depth=4)
   assert [next(feed)['x'][0], next(feed)['x'][0]] == [0, 1]
   with pytest.raises(ValueError, match='record 2'):
     next(feed)
@@ -47,19 +59,19 @@ def test_waiting_is_measured():
   def slow(step, *_):
     time.sleep(0.03)
     return square(step)
-  with prefetch(slow, 0, 4) as feed:
+  with Prefetch(slow, 0, 4) as feed:
     for _ in feed:
       pass
     assert feed.waited_share > 0.5
-  with prefetch(square, 0, 4) as feed:
+  with Prefetch(square, 0, 4) as feed:
     for _ in feed:
       time.sleep(0.03)
     assert feed.waited_share < 0.5
 
 
-def test_leaving_early_ends_the_threads():
+def test_leaving_early_ends_the_thread():
   before = threading.active_count()
-  with prefetch(square, 0, 10 ** 9, workers=2) as feed:
+  with Prefetch(square, 0, 10 ** 9) as feed:
     next(feed)
   deadline = time.monotonic() + 5
   while threading.active_count() > before and time.monotonic() < deadline:
@@ -68,6 +80,6 @@ def test_leaving_early_ends_the_threads():
 
 
 def test_nothing_to_do_is_no_batches():
-  assert list(prefetch(square, 3, 0)) == []
+  assert list(Prefetch(square, 3, 0)) == []
   with pytest.raises(ValueError, match='at least 1'):
-    prefetch(square, 0, 1, depth=0)
+    Prefetch(square, 0, 1, depth=0)

@@ -1,0 +1,119 @@
+"""Are these still the numbers that they were? Checksums of arrays, in checkpoints and across devices.
+
+Disks and memories change bits, rarely and without a word (Dixit et al. 2021, "Silent data corruptions at scale",
+arXiv 2102.11245).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+
+_FILE = 'replicas_differ.json'
+
+
+class ReplicasDiffer(RuntimeError):
+  """Two devices hold different values of what must be the same."""
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+  """uint32: the words of x, each times an odd number for its place, summed modulo 2^32.
+
+  Any change of a single word shows, and others but for one in 2^32. The order of the sum does not matter, so the
+  result is the same for any layout over devices; nothing is moved between them but the sums.
+  """
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+  place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+  for axis in reversed(range(words.ndim)):
+    place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride & 0xFFFFFFFF)
+    stride *= words.shape[axis]
+  return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+  """A checksum of each array by its path, computed where the arrays are."""
+  pending = [(jax.tree_util.keystr(path, simple=True, separator='/'), _checksum(leaf))
+             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+  return {name: int(value) for name, value in pending}
+
+
+@functools.lru_cache(maxsize=4)
+def _on_each_device(mesh: jax.sharding.Mesh, specs: tuple[jax.P, ...]) -> Callable[..., jax.Array]:
+  """uint32 [devices of the mesh, arrays]: each device's checksums of its own parts."""
+  mine = lambda *parts: jnp.stack([_checksum(p) for p in parts])[None]
+  return jax.jit(jax.shard_map(mine, mesh=mesh, in_specs=specs, out_specs=jax.P(mesh.axis_names), check_vma=False))
+
+
+def check_replicas(tree: Any, step: int, workdir: str | os.PathLike) -> None:
+  """Raises `ReplicasDiffer`, naming the devices, where copies of a part differ, and writes what was found to `workdir`.
+
+  The run then goes on from its last checkpoint. When it comes to the same step again, what the copies should have been
+  is known, and the process that had it wrong is named. All arrays of the tree must be laid out on one mesh.
+  """
+  entries = jax.tree_util.tree_leaves_with_path(tree)
+  leaves = [leaf for _, leaf in entries]
+  if all(leaf.sharding.num_devices == 1 for leaf in leaves):
+    return
+  mesh = leaves[0].sharding.mesh
+  found = _on_each_device(mesh, tuple(leaf.sharding.spec for leaf in leaves))(*leaves)
+  if not found.is_fully_addressable:
+    found = multihost_utils.process_allgather(found, tiled=True)
+  rows = dict(zip(mesh.devices.flat, np.asarray(found)))
+  suspect = _read(workdir, step)
+  for number, (path, leaf) in enumerate(entries):
+    groups: dict[str, dict[Any, int]] = {}
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+      groups.setdefault(str(index), {})[device] = int(rows[device][number])
+    for copies in groups.values():
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      if suspect and suspect['parameter'] == name:
+        _confirm(suspect, set(copies.values()))
+      if len(set(copies.values())) > 1:
+        _raise(name, copies, step, workdir)
+  if suspect and jax.process_index() == 0:
+    (pathlib.Path(workdir) / _FILE).unlink(missing_ok=True)
+
+
+def _raise(name: str, copies: dict[Any, int], step: int, workdir: str | os.PathLike) -> None:
+  values = list(copies.values())
+  common = max(set(values), key=values.count)
+  sure = 2 * values.count(common) > len(values)
+  odd = {d: v for d, v in copies.items() if v != common} if sure else copies
+  if jax.process_index() == 0:
+    (pathlib.Path(workdir) / _FILE).write_text(json.dumps(
+        {'step': step, 'parameter': name, 'copies': [[d.process_index, d.id, v] for d, v in copies.items()]}))
+  where = ', '.join(f'process {d.process_index} (device {d.id})' for d in odd)
+  blame = f'{where} differ{"s" if len(odd) == 1 else ""} from the others' if sure else \
+      f'{where} disagree: which one is wrong shows when the step is taken again'
+  raise ReplicasDiffer(f'the copies of {name} are no longer the same after step {step}: {blame}. Nothing of this was '
+                       'saved; run the same command again to go on from the last checkpoint')
+
+
+def _read(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
+  try:
+    found = json.loads((pathlib.Path(workdir) / _FILE).read_text())
+    return found if found['step'] == step else None
+  except (OSError, ValueError, KeyError):
+    return None
+
+
+def _confirm(suspect: dict[str, Any], right: set[int]) -> None:
+  wrong = sorted({process for process, _, value in suspect['copies'] if value not in right})
+  if wrong and len(right) == 1:
+    logging.warning('step %d was taken again: process %s had wrong values of %s before; test the memory of that '
+                    'machine', suspect['step'], ', '.join(map(str, wrong)), suspect['parameter'])

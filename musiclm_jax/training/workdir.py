@@ -1,0 +1,111 @@
+"""One run owns its workdir, and ends in an orderly way when it is asked to."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import socket
+import threading
+import types
+
+from absl import logging
+import jax
+from jax.experimental import multihost_utils
+
+_LOCK = '.lock'
+
+
+class Stopped(Exception):
+  """The run was asked to end and did, with a checkpoint.
+
+  Attributes:
+    exit_code: 128 + the signal's number, as shells count.
+  """
+
+  def __init__(self, number: int, step: int):
+    super().__init__(f'stopped by {signal.Signals(number).name} after step {step}, which is saved; run the same '
+                     'command again to go on')
+    self.exit_code = 128 + number
+
+
+def make_writable(workdir: str | os.PathLike) -> None:
+  """Creates the directory, or says in one line why it cannot be written to."""
+  path = pathlib.Path(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f'.writable_{os.getpid()}'
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise ValueError(f'cannot write to the workdir {workdir}: {error.strerror}; name another one') from error
+
+
+@contextlib.contextmanager
+def owned(workdir: str | os.PathLike) -> Iterator[None]:
+  """Holds the workdir for this process. The kernel gives it back when the process ends, however it ends.
+
+  Raises ValueError naming the owner where another run has it.
+  """
+  path = pathlib.Path(workdir) / _LOCK
+  with open(path, 'a+', encoding='utf-8') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise ValueError(f'{workdir} belongs to another run, {_owner(file.read())}; wait for its end, or name another '
+                       'workdir') from None
+    except OSError as error:  # a file system without locks
+      logging.warning('%s cannot be locked (%s): take care that one run at a time uses it', workdir, error.strerror)
+    file.truncate(0)
+    file.write(json.dumps({'process': os.getpid(), 'host': socket.gethostname()}))
+    file.flush()
+    yield
+
+
+def _owner(text: str) -> str:
+  try:
+    owner = json.loads(text)
+    return f'process {owner["process"]} on {owner["host"]}'
+  except (ValueError, KeyError, TypeError):
+    return 'whose process is not known'
+
+
+class Interruption:
+  """Notes SIGTERM and the first Ctrl-C, so that a loop can end after the step at hand; a second Ctrl-C ends at once.
+
+  Of many processes all must end after the same step: there JAX takes the signal and spreads the news.
+
+  Attributes:
+    signal: the number of what came, 0 while nothing did.
+  """
+
+  def __init__(self):
+    self.signal = 0
+    self._before: dict[int, object] = {}
+
+  def __enter__(self) -> Interruption:
+    # Only the main thread may; with `jax.distributed` SIGTERM has a handler that this would replace.
+    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, self._note)
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def asked(self, step: int) -> bool:
+    """Whether to end after this step; all processes of a run say the same of the same step."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self.signal = signal.SIGTERM
+    return self.signal != 0
+
+  def _note(self, number: int, frame: types.FrameType | None) -> None:
+    if self.signal and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.signal = number
+    logging.warning('%s: saving after this step', signal.Signals(number).name)

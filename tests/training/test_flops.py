@@ -1,0 +1,59 @@
+"""Counted operations against arithmetic by hand."""
+import jax
+import jax.numpy as jnp
+import pytest
+
+from musiclm_jax.training.flops import flops
+from musiclm_jax.training import state as states
+from musiclm_jax.training.state import Skeleton
+from tests.trainings import experiment
+
+
+def shape(*dims):
+  return jax.ShapeDtypeStruct(dims, jnp.float32)
+
+
+def test_products():
+  assert flops(lambda a, b: a @ b, shape(3, 4), shape(4, 5)) == 2 * 3 * 4 * 5
+  assert flops(lambda a, b: jnp.einsum('BHTK,BHSK->BHTS', a, b), shape(2, 3, 7, 8), shape(2, 3, 9, 8)) == (
+      2 * 2 * 3 * 7 * 9 * 8)
+  assert flops(jax.grad(lambda a, b: jnp.sum(jnp.tanh(a @ b)), (0, 1)), shape(3, 4), shape(4, 5)) == 3 * 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize('groups, stride', [(1, 1), (2, 1), (1, 2)])
+def test_convolutions(groups, stride):
+  conv = lambda x, w: jax.lax.conv_general_dilated(
+      x, w, (stride,), 'VALID', feature_group_count=groups, dimension_numbers=('NWC', 'WIO', 'NWC'))
+  out = (20 - 3) // stride + 1
+  assert flops(conv, shape(2, 20, 8), shape(3, 8 // groups, 6)) == 2 * 2 * out * 6 * 3 * 8 // groups
+
+
+def test_loops_branches_and_calls_count_as_often_as_they_run():
+  def body(x, w):
+    return jax.checkpoint(lambda x: jnp.tanh(x @ w))(x), ()
+  run = lambda x, w: jax.lax.scan(body, x, w)[0]
+  assert flops(run, shape(2, 4), shape(5, 4, 4)) == 5 * 2 * 2 * 4 * 4
+  # Backward: the product of the forward pass, once more (rematerialised), and two for the gradients.
+  assert flops(jax.grad(lambda x, w: jnp.sum(run(x, w)), (0, 1)), shape(2, 4), shape(5, 4, 4)) == 4 * 5 * 2 * 2 * 4 * 4
+  branch = lambda p, x: jax.lax.cond(p, lambda x: x @ x, lambda x: x, x)
+  assert flops(branch, True, shape(4, 4)) == 2 * 4 ** 3
+  with pytest.raises(ValueError, match='a loop of unknown length'):
+    flops(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ x, x), shape(4, 4))
+
+
+def test_a_stage_costs_six_operations_a_parameter_and_token():
+  """And attention: 12 N D T for each token (arXiv 2001.08361, section 2.1), half of it for a causal block."""
+  objective = experiment('coarse_lm').argument('objective')
+  skeleton = Skeleton.of(objective)
+  params, buffers = (states.nnx.to_pure_dict(t) for t in (skeleton.params, skeleton.buffers))
+  batch = objective.batch_spec(2)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  loss = lambda p, b, batch, key: objective.loss(skeleton.model(p, b), batch, key, training=True)[0]
+  counted = flops(jax.grad(loss), params, buffers, batch, key)
+  c, length = objective.transformer, objective.layout.length - 1
+  products = sum(v.size for v in jax.tree.leaves(params['transformer']['layers']) if v.ndim == 3)
+  target = objective.stage.target
+  head = 6 * target.tokens(objective.stage.seconds) * c.width * target.codebook_size
+  least = 2 * (6 * length * products + head)
+  attention = 2 * 12 * c.depth * c.width * length ** 2
+  assert least < counted < least + 1.4 * attention  # blocks are computed again in the backward pass
