@@ -1,4 +1,4 @@
-"""The `musiclm` command: prepare, train, extract, generate, evaluate, quickstart.
+"""The `musiclm` command: prepare, train, extract, data, generate, evaluate, reproduce, quickstart.
 
 Each verb imports what it needs when it runs, so that `--help` is instant and a verb works without the
 packages of the others. A user's mistake is one line on stderr: exit code 2 for the command line and the
@@ -104,20 +104,27 @@ def train(args: argparse.Namespace) -> None:
   config = importlib.import_module('musiclm_jax.config')
   experiment = config.load_experiment(
       args.gin_file, args.gin_bindings, search_paths=args.gin_search_path, allow=args.allow_import,
-      provided=('workdir', 'dry_run') if args.workdir else ('dry_run',))
+      provided=('dry_run', 'configuration', *(['workdir'] if args.workdir else [])))
   if args.distributed:
     # Clusters that JAX knows (SLURM, GKE, TPU VMs) need neither; a hand-made one names its size and its place.
-    given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
-    cluster = {name: int(os.environ[variable]) for name, variable in given.items() if variable in os.environ}
-    importlib.import_module('jax').distributed.initialize(**cluster)
+    importlib.import_module('jax').distributed.initialize(**_cluster(
+        num_processes='JAX_NUM_PROCESSES', process_id='JAX_PROCESS_ID',
+        heartbeat_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS'))
   if not args.workdir and not experiment.bound('workdir'):
     raise UsageError('--workdir is needed: where this run keeps its checkpoints and metrics')
   workdir = args.workdir or experiment.argument('workdir')
   if args.dry_run:
     print(experiment.operative())
   else:
-    _keep_configuration(experiment, workdir)
-  experiment.build(workdir=workdir, dry_run=args.dry_run)
+    _late('training.workdir', 'make_writable')(workdir)
+    _start_logging()
+    logging.getLogger('absl').info('configuration %s, in %s/config.gin', experiment.fingerprint, workdir)
+  experiment.build(workdir=workdir, dry_run=args.dry_run, configuration=experiment.operative())
+
+
+def _cluster(**variables: str) -> dict[str, int]:
+  """Numbers that a launcher leaves in the environment, where it does."""
+  return {name: int(os.environ[variable]) for name, variable in variables.items() if variable in os.environ}
 
 
 def _start_logging() -> None:
@@ -130,15 +137,6 @@ def _start_logging() -> None:
   logger.handlers, logger.propagate = [handler], False
 
 
-def _keep_configuration(experiment: Any, workdir: str) -> None:
-  """Writes what this run reads as `config.gin`, which alone starts the same run again."""
-  _late('train', 'make_writable')(workdir)
-  _start_logging()
-  logging.getLogger('absl').info('configuration %s, in %s/config.gin', experiment.fingerprint, workdir)
-  if importlib.import_module('jax').process_index() == 0:
-    Path(workdir, 'config.gin').write_text(experiment.operative())
-
-
 def extract(args: argparse.Namespace) -> None:
   roles = ('codec', 'semantic', 'mulan')
   places = {role: getattr(args, role) for role in roles if getattr(args, role)}
@@ -148,7 +146,36 @@ def extract(args: argparse.Namespace) -> None:
     if getattr(args, flag):
       _existing(getattr(args, flag), f'--{flag}')
   cascade = _late('cascade', 'Cascade')(args.workdir or '', places)
-  print(_late('extract', 'extract')(args.input, args.output, cascade, **_given(args, 'batch_size')).summary())
+  options = {**_cluster(process_index='JAX_PROCESS_ID', process_count='JAX_NUM_PROCESSES'),
+             **_given(args, 'batch_size', 'process_index', 'process_count')}
+  made = _late('extract', 'extract')(args.input, args.output, cascade, **options)
+  if made is not None:
+    print(made.summary())
+
+
+def data(args: argparse.Namespace) -> None:
+  _existing(args.directory, args.action)
+  if args.action == 'inspect':
+    found = _late('data.inspection', 'inspect')(args.directory, progress=_progress)
+    print(found.text())
+    if args.delete_damaged:
+      found.delete_damaged()
+    if found.faults:
+      raise ValueError(found.advice(deleted=args.delete_damaged))
+    return
+  options = _given(args, 'threshold')
+  found = _late('data.duplicates', 'find')(args.directory, progress=_progress, **options)
+  print(found.text())
+  if args.remove and found.pairs:
+    print(_late('data.duplicates', 'remove')(args.directory, found).summary())
+
+
+def reproduce(args: argparse.Namespace) -> None:
+  _existing(args.run_dir, 'reproduce')
+  result = _late('reproduce', 'reproduce')(args.run_dir, args.workdir, **_given(args, 'steps'))
+  print(result.text())
+  if not result.same:
+    raise ValueError(f'{args.workdir} is not a reproduction of {args.run_dir}: {result.first_difference}')
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -230,7 +257,38 @@ example:
   p.add_argument('--semantic', metavar='DIR', help='likewise, of a fitted semantic tokenizer')
   p.add_argument('--mulan', metavar='DIR', help='likewise, of fitted MuLan tokens')
   p.add_argument('--output', metavar='DIR', required=True, help='where the token records go')
-  p.add_argument('--batch_size', metavar='N', type=_positive(int))
+  p.add_argument('--batch_size', metavar='N', type=_positive(int), help='clips at a time on each device')
+  p.add_argument('--process_index', metavar='I', type=int,
+                 help='which of --process_count processes this is, from 0; they share the shards and need no network')
+  p.add_argument('--process_count', metavar='N', type=_positive(int))
+
+
+def _add_data(verb: Callable[..., _Parser]) -> None:
+  p = verb('data', data, 'look after prepared records and tokens', '''
+actions:
+  inspect      reads every byte: checksums, counts, token ranges, use of the codes; lists what to make again
+  duplicates   held-out clips that also sound in the training music, by their semantic tokens
+
+examples:
+  musiclm data inspect data/mine_tokens
+  musiclm data inspect data/mine_tokens --delete_damaged    # then run the command that made it again
+  musiclm data duplicates data/mine_tokens --remove
+''')
+  p.add_argument('action', metavar='ACTION', choices=('inspect', 'duplicates'), help='inspect or duplicates')
+  p.add_argument('directory', metavar='DIR', help='a record set')
+  p.add_argument('--delete_damaged', action='store_true', help='inspect: delete shards that are not what they were')
+  p.add_argument('--threshold', metavar='X', type=_positive(float), help='duplicates: share of a clip that must agree')
+  p.add_argument('--remove', action='store_true', help='duplicates: take those clips out of the held-out split')
+
+
+def _add_reproduce(verb: Callable[..., _Parser]) -> None:
+  p = verb('reproduce', reproduce, 'run a finished run again and compare, bit for bit', '''
+example:
+  musiclm reproduce runs/codec --workdir runs/codec_again --steps 200
+''')
+  p.add_argument('run_dir', metavar='RUN', help='the workdir of a run')
+  p.add_argument('--workdir', metavar='DIR', required=True, help='where the repetition goes')
+  p.add_argument('--steps', metavar='N', type=_positive(int), help='compare the first N steps only')
 
 
 def _add_generate(verb: Callable[..., _Parser]) -> None:
@@ -286,7 +344,8 @@ start here:
     p.set_defaults(run=run)
     return p
 
-  for add in (_add_prepare, _add_train, _add_extract, _add_generate, _add_evaluate, _add_quickstart):
+  for add in (_add_prepare, _add_train, _add_extract, _add_data, _add_generate, _add_evaluate, _add_reproduce,
+              _add_quickstart):
     add(verb)
   return parser
 
@@ -309,7 +368,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   rest, bindings = _split_bindings(argv)
   args = _parser().parse_args(rest)
   if args.verb is None:
-    raise UsageError('no verb: prepare, train, extract, generate, evaluate, quickstart (see musiclm --help)')
+    raise UsageError('no verb: prepare, train, extract, data, generate, evaluate, reproduce, quickstart (see musiclm '
+                     '--help)')
   if bindings and args.verb != 'train':
     raise UsageError(f'--gin.{bindings[0][0]} belongs to `musiclm train`')
   args.gin_bindings = bindings
@@ -324,8 +384,10 @@ def _explain(error: BaseException) -> tuple[int, str, bool]:
   kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: their modules may not be importable
   if 'ConfigError' in kinds:
     return USAGE_ERROR, text, True
-  if kinds & {'StepFailed', 'NonFiniteLoss'}:
+  if kinds & {'StepFailed', 'NonFiniteLoss', 'ReplicasDiffer', 'SaveFailed'}:
     return FAILURE, text, True
+  if 'Stopped' in kinds:
+    return error.exit_code, text, True
   if isinstance(error, KeyboardInterrupt):
     return INTERRUPTED, 'interrupted', True
   if isinstance(error, ImportError):

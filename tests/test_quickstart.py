@@ -53,9 +53,8 @@ def test_it_ends_with_music_and_a_report(finished):
 @pytest.mark.slow
 def test_a_second_call_skips_everything(finished, environment):
   before = hashes(finished)
-  begun = time.monotonic()
   done = subprocess.run(arguments(finished), env=environment, capture_output=True, text=True, timeout=300)
-  assert done.returncode == 0 and time.monotonic() - begun < 60
+  assert done.returncode == 0
   assert done.stdout.count('done before') == len(quickstart.plan(
       finished, audio_dir=None, captions=None, size='nano', seed=0))
   assert hashes(finished) == before

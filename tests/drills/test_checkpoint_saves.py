@@ -1,0 +1,118 @@
+"""A save that is cut off at any call leaves the step before it, whole; a save that fails ends the run and says why."""
+import errno
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from musiclm_jax.training import checkpoint
+from tests.drills import faults, saver
+from tests.test_every_training import assert_same_end, command, environment, finish, tokens  # noqa: F401 (fixtures)
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize('keep', [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.soak)])
+def test_killed_at_any_call_of_a_save_the_newest_step_is_whole(tmp_path, keep):
+  """Drill 2. With `keep` 1 the older step is deleted after the save, and the cuts fall into that too."""
+  script = [sys.executable, str(pathlib.Path(saver.__file__)), str(tmp_path), str(keep)]
+  done = subprocess.run(script, env=faults.environment({**os.environ, 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}),
+                        capture_output=True, text=True, timeout=3000)
+  assert done.returncode == 0, done.stderr[-2000:]
+  counted, *cuts = [json.loads(line) for line in done.stdout.splitlines()]
+  assert counted['calls'] > 200 and len(cuts) > 80
+  for cut in cuts:
+    wrong = [k for k, value in cut.items() if k not in ('call', 'latest') and value is not True]
+    assert not wrong, f'killed at call {cut["call"]}: {cut}'
+  steps = [cut['latest'] for cut in cuts]
+  assert steps == sorted(steps) and steps[0] == 1 and steps[-1] == 2  # once the new step is there, it stays
+
+
+@pytest.mark.parametrize('number, at', [
+    pytest.param(number, at, marks=pytest.mark.slow if (number, at) == (errno.ENOSPC, 40) else pytest.mark.soak)
+    for number in (errno.ENOSPC, errno.EIO) for at in (0, 15, 40, 120)])
+def test_a_save_that_fails_ends_the_run_with_its_cause(environment, tokens, tmp_path, number, at):  # noqa: F811
+  """Drill 4: from some call of the first save on, the disk is full, or broken."""
+  workdir = tmp_path / 'run'
+  finish(command('fine_lm', tokens, workdir, 2), environment)
+  armed = faults.environment(environment, root=workdir / 'checkpoints', at=at, errno=number)
+  failed = subprocess.run(command('fine_lm', tokens, workdir, 40), env=armed, capture_output=True, text=True,
+                          timeout=600)
+  assert failed.returncode == 1
+  last = failed.stderr.strip().splitlines()[-1]
+  assert last.startswith('musiclm: error:') and os.strerror(number) in last, failed.stderr[-2000:]
+  assert checkpoint.latest_step(workdir) == 2
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  assert json.loads(lines[-1])['step'] <= 8  # saves are due at 4, 8, ...: no later one was skipped without a word
+  # With room on the disk the same command goes on, to the same end.
+  finish(command('fine_lm', tokens, workdir, 10), environment)
+  finish(command('fine_lm', tokens, tmp_path / 'whole', 10), environment)
+  assert_same_end(tmp_path / 'whole', workdir)
+
+
+@pytest.fixture(scope='module')
+def two_steps(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('saved')
+  for step in (1, 2):
+    saver.save(folder, step, 2)
+  return folder
+
+
+def array_files(folder, step):
+  """The files of the parameters that arrays are read from, the largest first."""
+  files = (folder / 'checkpoints' / str(step) / 'params' / 'ocdbt.process_0' / 'd').iterdir()
+  return sorted(files, key=lambda p: -p.stat().st_size)
+
+
+def restored(folder):
+  with checkpoint.Checkpoints(folder, saver.OBJECTIVE, keep=2) as checkpoints:
+    return int(checkpoints.restore(saver.abstract()).step)
+
+
+@pytest.mark.parametrize('damage', ['flip', 'truncate', 'delete', 'marker', 'specs'])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(two_steps, tmp_path, damage):
+  """Drill 5."""
+  folder = tmp_path / 'run'
+  shutil.copytree(two_steps, folder)
+  step = folder / 'checkpoints' / '2'
+  victim = array_files(folder, 2)[0]
+  if damage == 'flip':
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 8
+    victim.write_bytes(bytes(content))
+  elif damage == 'truncate':
+    victim.write_bytes(victim.read_bytes()[:victim.stat().st_size // 2])
+  elif damage == 'delete':
+    victim.unlink()
+  elif damage == 'marker':
+    (step / '_CHECKPOINT_METADATA').unlink()
+  else:
+    (step / 'about' / 'specs.json').write_text('{')
+  if damage != 'marker':  # without the marker the step does not exist
+    with pytest.raises(Exception, match='2'):
+      checkpoint.load(folder, 2)
+  assert restored(folder) == 1
+  assert not step.exists() or damage == 'marker'
+
+
+def test_no_flipped_byte_of_an_array_is_loaded_in_silence(two_steps, tmp_path):
+  """Drill 5, all over the files: the step is refused, or every number is what it was."""
+  folder = tmp_path / 'run'
+  shutil.copytree(two_steps, folder)
+  refused = 0
+  for path in array_files(folder, 2)[:2]:
+    whole = path.read_bytes()
+    for place in range(7, len(whole), max(1, len(whole) // 8)):
+      path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+      try:
+        loaded = checkpoint.load(folder, 2)
+      except Exception:
+        refused += 1
+      else:
+        assert saver.holds((loaded.params, loaded.buffers), 2)
+    path.write_bytes(whole)
+  assert refused > 4

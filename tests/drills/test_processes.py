@@ -1,0 +1,89 @@
+"""Two processes over loopback: one that hangs is missed within a bound and named; one with a memory fault is named."""
+import json
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+from tests.test_every_training import (  # noqa: F401 (fixtures)
+    _steps_logged, assert_same_end, command, environment, tokens)
+
+# ruff: noqa: F811
+
+
+def pair(arguments, environment, **more):
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  cluster = {**environment, 'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2',
+             'MUSICLM_HEARTBEAT_SECONDS': '10', **more}
+  return [subprocess.Popen([*arguments, '--distributed'], env={**cluster, 'JAX_PROCESS_ID': str(i)},
+                           stderr=subprocess.PIPE, text=True) for i in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [1, 0])
+def test_a_process_that_hangs_is_named_within_a_bound(environment, tokens, tmp_path, victim):
+  """Drill 10."""
+  processes = pair(command('fine_lm', tokens, tmp_path / 'run', 100_000), environment)
+  try:
+    deadline = time.monotonic() + 300
+    while _steps_logged(tmp_path / 'run') < 3 and time.monotonic() < deadline:
+      time.sleep(0.05)
+    processes[victim].send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    _, errors = processes[1 - victim].communicate(timeout=120)
+    assert processes[1 - victim].returncode not in (0, None) and time.monotonic() - begun < 90
+    # Process 0 is the one that counts heartbeats; without it the other can only say that it is gone.
+    expected = 'stopped sending heartbeats):\n1\n' if victim == 1 else 'coordinat'
+    assert expected in errors, errors[-6000:]
+  finally:
+    for process in processes:
+      process.kill()
+      process.communicate()
+
+
+@pytest.mark.slow
+def test_a_bit_flip_on_one_process_is_found_before_the_next_checkpoint(environment, tokens, tmp_path):
+  """Drill 15: after step 6 process 1 changes one bit of its copy; the run stops at the save of step 8, is started
+  again from step 4, and names the process that had been wrong."""
+  folder = tmp_path / 'run'
+  code = '''
+import os, sys
+import jax
+import numpy as np
+from musiclm_jax import main, train
+step = train._Run.__init__
+def init(self, *args, **kwargs):
+  step(self, *args, **kwargs)
+  inner = self.step
+  def faulty(state, batch, key):
+    state, values = inner(state, batch, key)
+    if os.environ.get('FLIP') and int(state.step) == 6 and jax.process_index() == 1:
+      leaves, tree = jax.tree.flatten(state.params)
+      words = [(s.device, np.asarray(s.data).view(np.uint32) ^ 1) for s in leaves[0].addressable_shards]
+      flipped = [jax.device_put(w.view(np.float32), device) for device, w in words]
+      leaves[0] = jax.make_array_from_single_device_arrays(leaves[0].shape, leaves[0].sharding, flipped)
+      state.params.update(jax.tree.unflatten(tree, leaves))
+    return state, values
+  self.step = faulty
+train._Run.__init__ = init
+main.main(sys.argv[1:])
+'''
+  arguments = command('fine_lm', tokens, folder, 12)
+  wrapped = [arguments[0], '-c', code, *arguments[3:]]
+  processes = pair(wrapped, environment, FLIP='1')
+  errors = [p.communicate(timeout=400)[1] for p in processes]
+  assert all(p.returncode != 0 for p in processes)
+  assert 'are no longer the same after step 8' in errors[0] and 'process 1' in errors[0], errors[0][-3000:]
+  assert json.loads((folder / 'replicas_differ.json').read_text())['step'] == 8
+  processes = pair(wrapped, environment)
+  errors = [p.communicate(timeout=400)[1] for p in processes]
+  assert [p.returncode for p in processes] == [0, 0], errors[0][-2000:]
+  assert 'step 8 was taken again: process 1 had wrong values' in errors[0]
+  assert not (folder / 'replicas_differ.json').exists()
+  clean = pair(command('fine_lm', tokens, tmp_path / 'clean', 12), environment)
+  assert [p.communicate(timeout=400) and p.returncode for p in clean] == [0, 0]
+  assert_same_end(folder, tmp_path / 'clean')
