@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -33,7 +34,7 @@ class ShardContent:
 
   Attributes:
     counts: how often each code was used, [Q, K] by stream; nothing for audio.
-    keys: (recording, start) of each record.
+    keys: a hash of the recording and the start of each record, uint64.
   """
 
   file: str
@@ -41,7 +42,7 @@ class ShardContent:
   seconds: float = 0.0
   problem: str = ''
   counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  keys: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+  keys: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +107,8 @@ def inspect(directory: str | os.PathLike, *, workers: int = 0, progress: Progres
   tasks = [(os.fspath(directory), shard, manifest.header) for shards in manifest.splits.values() for shard in shards]
   with Workers(workers) as pool:
     found = {content.file: content for content in pool.map(_read_shard, tasks, progress, 'shards inspected')}
-  seen: dict[tuple[str, float], str] = {}
-  for content in found.values():
-    for key in content.keys:
-      if (other := seen.setdefault(key, content.file)) != content.file and not content.problem:
-        content.problem = f'{key[0]!r} at {key[1]:g} s is also in {other}'
+  if found:
+    _find_repeated(list(found.values()))
   counts: dict[str, np.ndarray] = {}
   for content in found.values():
     for name, count_QxK in content.counts.items():
@@ -121,6 +119,18 @@ def inspect(directory: str | os.PathLike, *, workers: int = 0, progress: Progres
       pathlib.Path(directory), manifest, held,
       tuple(Fault(c.file, c.problem) for c in found.values() if c.problem),
       {name: _perplexity(count_QxK) for name, count_QxK in counts.items()}, _own_perplexity(manifest))
+
+
+def _find_repeated(contents: list[ShardContent]) -> None:
+  """Notes, in the shard that comes later, the first record that another one has too."""
+  keys = np.concatenate([np.asarray(c.keys, np.uint64) for c in contents])
+  shard = np.repeat(np.arange(len(contents)), [len(c.keys) for c in contents])
+  row = np.concatenate([np.arange(len(c.keys)) for c in contents])
+  order = np.argsort(keys, kind='stable')
+  for place in np.flatnonzero(keys[order][1:] == keys[order][:-1]):
+    first, again = order[place], order[place + 1]
+    content, other = contents[shard[again]], contents[shard[first]]
+    content.problem = content.problem or f'record {row[again]} is also record {row[first]} of {other.file}'
 
 
 def _perplexity(count_QxK: np.ndarray) -> list[float]:
@@ -172,7 +182,8 @@ def _read_records(path: pathlib.Path, shard: records.Shard, header: records.Head
         raise ValueError(f'record {row} cannot be read: {error}') from None
       content.records += 1
       content.seconds += records.seconds_of(example, header)
-      content.keys.append((example.get('recording', ''), float(example.get('start', 0.0))))
+      name = f'{example.get("recording", "")}\n{float(example.get("start", 0.0))!r}'
+      content.keys.append(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big'))
       for name, count_QxK in counts.items():
         tokens_FxQ = example[name]
         np.add.at(count_QxK, (np.broadcast_to(np.arange(tokens_FxQ.shape[1]), tokens_FxQ.shape), tokens_FxQ), 1)

@@ -159,7 +159,7 @@ def difference(directory: str | os.PathLike, header: Header) -> tuple[str, Any, 
         continue
       if not isinstance(now, Mapping):
         return name, before, now
-      key = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
+      key = next(k for k in (*now, *before) if before.get(k) != now.get(k))
       return key, before.get(key), now.get(key)
   return None
 
