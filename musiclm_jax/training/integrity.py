@@ -62,8 +62,8 @@ def _on_each_device(mesh: jax.sharding.Mesh, specs: tuple[jax.P, ...]) -> Callab
 def check_replicas(tree: Any, step: int, workdir: str | os.PathLike) -> None:
   """Raises `ReplicasDiffer`, naming the devices, where copies of a part differ, and writes what was found to `workdir`.
 
-  The run then goes on from its last checkpoint. When it comes to the same step again, what the copies should have been
-  is known, and the process that had it wrong is named. All arrays of the tree must be laid out on one mesh.
+  The run then goes on from its last checkpoint. Of three copies or more the one that differs is named at once; of two
+  it is named when the step is taken again, if the fault came with that step. All arrays must be laid out on one mesh.
   """
   entries = jax.tree_util.tree_leaves_with_path(tree)
   leaves = [leaf for _, leaf in entries]
@@ -113,7 +113,11 @@ def _read(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
 
 
 def _confirm(suspect: dict[str, Any], right: set[int]) -> None:
-  wrong = sorted({process for process, _, value in suspect['copies'] if value not in right})
-  if wrong and len(right) == 1:
-    logging.warning('step %d was taken again: process %s had wrong values of %s before; test the memory of that '
-                    'machine', suspect['step'], ', '.join(map(str, wrong)), suspect['parameter'])
+  processes = {process for process, _, _ in suspect['copies']}
+  wrong = {process for process, _, value in suspect['copies'] if value not in right}
+  if len(right) != 1 or not wrong:
+    return
+  # Gradients are shared: steps after the fault change all copies, and then none is what it should have been.
+  who = f'process {", ".join(map(str, sorted(wrong)))}' if wrong != processes else 'one of the processes'
+  logging.warning('step %d was taken again: %s had wrong values of %s before; test the memory of that machine',
+                  suspect['step'], who, suspect['parameter'])

@@ -47,8 +47,8 @@ def test_a_process_that_hangs_is_named_within_a_bound(environment, tokens, tmp_p
 
 @pytest.mark.slow
 def test_a_bit_flip_on_one_process_is_found_before_the_next_checkpoint(environment, tokens, tmp_path):
-  """Drill 15: after step 6 process 1 changes one bit of its copy; the run stops at the save of step 8, is started
-  again from step 4, and names the process that had been wrong."""
+  """Drill 15: after step 8 process 1 changes a bit of its copy; the run stops at the save of that step, is started again
+  from step 4, and names the process that had been wrong."""
   folder = tmp_path / 'run'
   code = '''
 import os, sys
@@ -61,7 +61,7 @@ def init(self, *args, **kwargs):
   inner = self.step
   def faulty(state, batch, key):
     state, values = inner(state, batch, key)
-    if os.environ.get('FLIP') and int(state.step) == 6 and jax.process_index() == 1:
+    if os.environ.get('FLIP') and int(state.step) == 8 and jax.process_index() == 1:
       leaves, tree = jax.tree.flatten(state.params)
       words = [(s.device, np.asarray(s.data).view(np.uint32) ^ 1) for s in leaves[0].addressable_shards]
       flipped = [jax.device_put(w.view(np.float32), device) for device, w in words]
