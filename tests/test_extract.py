@@ -143,7 +143,7 @@ def test_token_crops_are_the_tokens_of_cropped_audio_away_from_the_edges(cascade
   assert TokenSpec('x', 2, 1, 50.0).frames(1.0) == 50
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize('count', [1, 2, 4])
 def test_killed_again_and_again_by_command_it_makes_the_same_bytes(audio, networks, tokens, tmp_path, count):
   environment = {**os.environ, 'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'compiled'),

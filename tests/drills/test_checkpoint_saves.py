@@ -33,7 +33,7 @@ def test_killed_at_any_call_of_a_save_the_newest_step_is_whole(tmp_path, keep):
 
 
 @pytest.mark.parametrize('number, at', [
-    pytest.param(number, at, marks=pytest.mark.slow if (number, at) == (errno.ENOSPC, 40) else pytest.mark.soak)
+    pytest.param(number, at, marks=pytest.mark.soak)
     for number in (errno.ENOSPC, errno.EIO) for at in (0, 15, 40, 120)])
 def test_a_save_that_fails_ends_the_run_with_its_cause(environment, tokens, tmp_path, number, at):  # noqa: F811
   """Drill 4: from some call of the first save on, the disk is full, or broken."""

@@ -80,7 +80,7 @@ def test_the_lock_is_given_back_and_names_its_owner(tmp_path):
     pass
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_same_run_twice_is_the_same_and_reproduce_says_so(environment, tokens, tmp_path):
   """Drill 14, and the manifest of a run: `musiclm reproduce` repeats it from what its checkpoint says."""
   finish(command(STAGE, tokens, tmp_path / 'one', 6), environment)
@@ -119,7 +119,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step(environment, tokens,
   finish(command(STAGE, tokens, folder, 6), environment)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_fewer_clips_than_a_batch_and_an_empty_split(environment, tmp_path):
   """Drill 12."""
   few = write_tokens(tmp_path / 'few', clips=3)
