@@ -8,7 +8,7 @@ Shapes: B batch (all devices of this process), N samples, F frames, Q levels.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 import math
 import os
 import sys
@@ -56,21 +56,22 @@ def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade
     name, there, here = other
     raise ValueError(f'{output_dir} holds tokens of {name} {there}, this would be {name} {here}; name another output')
   made_with = provenance.made_with(networks=cascade.networks())
-  longest = max(float(records.RecordSet(audio_dir, split).durations.max()) for split in counts if counts[split])
+  corpora = {split: records.RecordSet(audio_dir, split) for split in counts if counts[split]}
+  longest = max(float(corpus.durations.max()) for corpus in corpora.values())
   tokenise = _Tokeniser(cascade, longest, batch_size * jax.local_device_count())
   places = [(split, i) for split, count in counts.items() for i in range(count)]
   mine = places[process_index::process_count]
   for split, index in mine:
     if not records.shard_done(output_dir, split, index, counts[split], header):
-      corpus = records.RecordSet(audio_dir, split)
-      records.write_shard(output_dir, split, index, counts[split], tokenise(corpus, corpus.shard_indices(index)),
-                          header, made_with=made_with)
+      records.write_shard(output_dir, split, index, counts[split], tokenise(corpora[split], index), header,
+                          made_with=made_with)
       report(f'extracted {split} {index + 1}/{counts[split]}')
-  missing = [place for place in places if not records.shard_done(output_dir, *place, counts[place[0]], header)]
-  if missing and process_count > 1:
-    report(f'process {process_index} of {process_count} is done with its {len(mine)} shards; {len(missing)} of other '
-           'processes are missing, and the last to end writes the manifest')
-    return None
+  if process_count > 1:
+    missing = sum(not records.shard_done(output_dir, *place, counts[place[0]], header) for place in places)
+    if missing:
+      report(f'process {process_index} of {process_count} is done with its {len(mine)} shards; {missing} of other '
+             'processes are missing, and the last to end writes the manifest')
+      return None
   return records.finish(output_dir, header, counts)
 
 
@@ -82,14 +83,15 @@ class _Tokeniser:
   """Clips to token examples in batches of one shape, the next batch read while the devices work on this one."""
 
   def __init__(self, cascade: Cascade, seconds: float, batch_size: int):
-    self.cascade, self.seconds, self.batch_size = cascade, seconds, batch_size
+    self.seconds, self.batch_size = seconds, batch_size
     self.specs = {cascade.token_spec(role).feature: cascade.token_spec(role) for role in TOKENIZERS}
     self.encode = cascade.function('codec', 'encode', parallel=True)
     self.semantic = cascade.function('semantic', 'tokens', parallel=True)
     self.embed = cascade.function('mulan', 'embed_audio', parallel=True)
     self.mulan = cascade.function('mulan', 'tokens', parallel=True)
 
-  def __call__(self, corpus: records.RecordSet, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+  def __call__(self, corpus: records.RecordSet, shard: int) -> Iterator[dict[str, Any]]:
+    indices = corpus.shard_indices(shard)
     rate = corpus.header.streams['audio']['sample_rate']
 
     def read(batch: int, *_: int) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:

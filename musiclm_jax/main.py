@@ -113,13 +113,14 @@ def train(args: argparse.Namespace) -> None:
   if not args.workdir and not experiment.bound('workdir'):
     raise UsageError('--workdir is needed: where this run keeps its checkpoints and metrics')
   workdir = args.workdir or experiment.argument('workdir')
+  configuration = experiment.operative()
   if args.dry_run:
-    print(experiment.operative())
+    print(configuration)
   else:
     _late('training.workdir', 'make_writable')(workdir)
     _start_logging()
     logging.getLogger('absl').info('configuration %s, in %s/config.gin', experiment.fingerprint, workdir)
-  experiment.build(workdir=workdir, dry_run=args.dry_run, configuration=experiment.operative())
+  experiment.build(workdir=workdir, dry_run=args.dry_run, configuration=configuration)
 
 
 def _cluster(**variables: str) -> dict[str, int]:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 from musiclm_jax import provenance
 from musiclm_jax.training import checkpoint, metrics
@@ -73,16 +74,7 @@ def compare(run_dir: str | os.PathLike, workdir: str | os.PathLike) -> Compariso
   common = sorted(rows[0].keys() & rows[1].keys())
   last = [checkpoint.latest_step(w) for w in (run_dir, workdir)]
   parameters = last[0] == last[1]
-  difference = ''
-  for fact in ('data', 'seed'):
-    if there.get(fact) != here.get(fact) and not difference:
-      difference = f'{fact}: {there.get(fact)}, now {here.get(fact)}'
-  for key in common if not difference else ():
-    a, b = rows[0][key], rows[1][key]
-    name = next((n for n in a if a[n] != b.get(n)), '')
-    if name:
-      difference = f'{name} of step {key[0]} ({key[1]}): {a[name]}, now {b.get(name)}'
-      break
+  difference = _first_difference(there, here, rows, common)
   if not difference and parameters:
     contents = [checkpoint.load(w).content_hash for w in (run_dir, workdir)]
     if contents[0] != contents[1]:
@@ -90,3 +82,16 @@ def compare(run_dir: str | os.PathLike, workdir: str | os.PathLike) -> Compariso
   if not difference and not common and not parameters:
     difference = 'the runs have no step in common that could be compared'
   return Comparison(len(common), parameters, changed, difference)
+
+
+def _first_difference(there: dict[str, Any], here: dict[str, Any], rows: list[dict[Any, dict[str, Any]]],
+                      common: list[Any]) -> str:
+  for fact in ('data', 'seed'):
+    if there.get(fact) != here.get(fact):
+      return f'{fact}: {there.get(fact)}, now {here.get(fact)}'
+  for step, part in common:
+    before, now = (r[step, part] for r in rows)
+    for name in before:
+      if before[name] != now.get(name):
+        return f'{name} of step {step} ({part}): {before[name]}, now {now.get(name)}'
+  return ''

@@ -185,11 +185,20 @@ class _Run:
 
   def restore_or_create(self, checkpoints: checkpoint.Checkpoints, batches: Batches) -> TrainState:
     """(1) this run's newest checkpoint, (2) another run's parameters, (3) scratch: in this order."""
+    state = self._restored(checkpoints)
+    if state is None:
+      state = self._created(batches)
+    self.__dict__.pop('donor', None)  # what was taken from it is a copy: the rest need not stay in memory
+    return state
+
+  def _restored(self, checkpoints: checkpoint.Checkpoints) -> TrainState | None:
     described = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     targets = jax.tree.map(described, self.abstract, self.shardings)
     if (state := checkpoints.restore(targets)) is not None:
       logging.info('resuming %s at step %d', self.workdir, int(state.step))
-      return state
+    return state
+
+  def _created(self, batches: Batches) -> TrainState:
     state = self._take_over(jax.jit(self.create, out_shardings=self.shardings)(self.init_key))
     if type(self.objective).start is Objective.start:
       return state
@@ -237,8 +246,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
       return
     done, values = pending
     pending = None
-    if not np.isfinite(values['loss']):
-      raise metrics.NonFiniteLoss(done, float(values['loss']), _keep_batch(run, batches, done))
+    metrics.check_finite(done, values['loss'], lambda: _keep_batch(run, batches, done))
     checkpoints.check()  # a save that failed ends the run now, not at the next save
     report = every(done, cadence.log_every) or done == last
     if report:

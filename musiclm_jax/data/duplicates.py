@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import os
-from typing import Any
 
 import numpy as np
 
@@ -111,10 +110,9 @@ def _best_shares(index: _Index, runs_W: np.ndarray) -> tuple[np.ndarray, np.ndar
   return found, np.array([best[c] for c in found]) / index.total[found]
 
 
-def _search_shard(task: tuple[str, int, _Index]) -> list[tuple[float, str, float]]:
+def _search_shard(task: tuple[records.RecordSet, int, _Index]) -> list[tuple[float, str, float]]:
   """For each held-out clip the best (share, recording, start) of one training shard."""
-  directory, number, index = task
-  corpus = records.RecordSet(directory, 'train')
+  corpus, number, index = task
   best: list[tuple[float, str, float]] = [(0.0, '', 0.0)] * len(index.total)
   for row in corpus.shard_indices(number):
     example = corpus[int(row)]
@@ -130,15 +128,15 @@ def find(directory: str | os.PathLike, *, threshold: float = 0.5, workers: int =
 
   Raises ValueError where the set has no semantic tokens.
   """
-  manifest = records.read_manifest(directory)
-  if STREAM not in manifest.header.streams:
-    raise ValueError(f'{directory} has no {STREAM} tokens to compare, only {", ".join(manifest.header.streams)}: run '
+  train = records.RecordSet(directory, 'train')
+  if STREAM not in train.header.streams:
+    raise ValueError(f'{directory} has no {STREAM} tokens to compare, only {", ".join(train.header.streams)}: run '
                      '`musiclm extract` first')
-  held_out, train = records.RecordSet(directory, 'test'), records.RecordSet(directory, 'train')
+  held_out = records.RecordSet(directory, 'test')
   examples = [held_out[i] for i in range(len(held_out))]
   index = _index([runs(e[STREAM]) for e in examples])
   best: list[tuple[float, str, float]] = [(0.0, '', 0.0)] * len(examples)
-  tasks = [(os.fspath(directory), number, index) for number in range(len(train.shards))]
+  tasks = [(train, number, index) for number in range(len(train.shards))]
   with Workers(workers) as pool:
     for found in pool.map(_search_shard, tasks, progress, 'shards compared'):
       best = [max(a, b) for a, b in zip(best, found)]
@@ -151,9 +149,4 @@ def find(directory: str | os.PathLike, *, threshold: float = 0.5, workers: int =
 def remove(directory: str | os.PathLike, found: Duplicates) -> records.Manifest:
   """Writes the held-out split again without the clips that were found, and counts them as left out."""
   unwanted = {p.held_out for p in found.pairs}
-
-  def keep(index: int, example: dict[str, Any]) -> bool:
-    del example
-    return index not in unwanted
-
-  return records.rewrite(directory, 'test', keep, REASON)
+  return records.rewrite(directory, 'test', lambda index, _: index not in unwanted, REASON)

@@ -14,7 +14,7 @@ import pathlib
 
 import numpy as np
 
-from musiclm_jax.data import records
+from musiclm_jax.data import records, token_counts
 from musiclm_jax.data.workers import Progress, Workers
 
 _SHOWN = 20  # faults listed
@@ -118,7 +118,8 @@ def inspect(directory: str | os.PathLike, *, workers: int = 0, progress: Progres
   return Inspection(
       pathlib.Path(directory), manifest, held,
       tuple(Fault(c.file, c.problem) for c in found.values() if c.problem),
-      {name: _perplexity(count_QxK) for name, count_QxK in counts.items()}, _own_perplexity(manifest))
+      {name: np.exp(token_counts.entropy(count_QxK)).tolist() for name, count_QxK in counts.items()},
+      _own_perplexity(manifest))
 
 
 def _find_repeated(contents: list[ShardContent]) -> None:
@@ -131,12 +132,6 @@ def _find_repeated(contents: list[ShardContent]) -> None:
     first, again = order[place], order[place + 1]
     content, other = contents[shard[again]], contents[shard[first]]
     content.problem = content.problem or f'record {row[again]} is also record {row[first]} of {other.file}'
-
-
-def _perplexity(count_QxK: np.ndarray) -> list[float]:
-  """exp of the entropy of each level's codes, as `nn.quantize.perplexity`, which data may not import."""
-  share = count_QxK / np.maximum(count_QxK.sum(axis=-1, keepdims=True), 1)
-  return np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1)), axis=-1)).tolist()
 
 
 def _own_perplexity(manifest: records.Manifest) -> dict[str, list[float]]:
@@ -185,8 +180,7 @@ def _read_records(path: pathlib.Path, shard: records.Shard, header: records.Head
       name = f'{example.get("recording", "")}\n{float(example.get("start", 0.0))!r}'
       content.keys.append(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big'))
       for name, count_QxK in counts.items():
-        tokens_FxQ = example[name]
-        np.add.at(count_QxK, (np.broadcast_to(np.arange(tokens_FxQ.shape[1]), tokens_FxQ.shape), tokens_FxQ), 1)
+        count_QxK += token_counts.level_counts(example[name], count_QxK.shape[1])
   content.counts = counts
   if changed:
     raise ValueError('its content has changed since it was written, though every record can be read')

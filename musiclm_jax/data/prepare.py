@@ -116,7 +116,7 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
     shards = _shard(_split(recordings, held_out_share), num_shards)
     work = [(os.fspath(output_dir), split, i, len(parts), part, header)
             for split, parts in shards.items() for i, part in enumerate(parts)]
-    collections.deque(pool.map(_write_folder_shard, work, progress, 'shards written'), maxlen=0)
+    list(pool.map(_write_folder_shard, work, progress, 'shards written'))
   left_out = {reason: {'count': len(found), 'files': found[:_MAX_NAMES]}
               for reason, found in sorted(skipped.items())}
   return records.finish(
@@ -151,7 +151,7 @@ def prepare_composer(size: str | int, output_dir: str | os.PathLike, *, seed: in
   work = [(os.fspath(output_dir), split, i, counts[split], corpus, header)
           for split, corpus in corpora.items() for i in range(counts[split])]
   with Workers(workers) as pool:
-    collections.deque(pool.map(_write_composer_shard, work, progress, 'shards written'), maxlen=0)
+    list(pool.map(_write_composer_shard, work, progress, 'shards written'))
   return records.finish(output_dir, header, counts)
 
 

@@ -49,6 +49,8 @@ __all__ = [
 MANIFEST = 'manifest.json'
 # Examples are read in random order, so read-ahead would fetch what nobody asked for.
 _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
+# A process may have 1,024 files open where nobody has raised that.
+_OPEN_SHARDS = 256
 # Waveforms do not shrink under a general compressor and decompressing them costs three times the read.
 _WRITER_OPTIONS = {'audio': 'group_size:1,uncompressed', 'tokens': 'group_size:1'}
 
@@ -305,7 +307,7 @@ class RecordSet:
     self._start_reading()
 
   def _start_reading(self) -> None:
-    self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
+    self._readers: collections.OrderedDict[int, array_record_module.ArrayRecordReader] = collections.OrderedDict()
     self._lock = threading.Lock()
 
   def __getstate__(self):
@@ -369,14 +371,18 @@ class RecordSet:
                        'anew on the set as it is now')
 
   def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
-    if number not in self._readers:
-      shard = self.shards[number]
-      self._check(shard)
-      reader = open_shard(self.directory / shard.file)
-      if reader.num_records() != shard.records:
-        raise ValueError(f'it has {reader.num_records()} records; {MANIFEST} says {shard.records}')
-      self._readers[number] = reader
-    return self._readers[number]
+    if number in self._readers:
+      self._readers.move_to_end(number)
+      return self._readers[number]
+    shard = self.shards[number]
+    self._check(shard)
+    reader = open_shard(self.directory / shard.file)
+    if reader.num_records() != shard.records:
+      raise ValueError(f'it has {reader.num_records()} records; {MANIFEST} says {shard.records}')
+    if len(self._readers) >= _OPEN_SHARDS:
+      self._readers.popitem(last=False)[1].close()
+    self._readers[number] = reader
+    return reader
 
   def __getitem__(self, index: int) -> source.Example:
     example = self._read(int(index))
@@ -403,11 +409,3 @@ class RecordSet:
     except Exception as error:  # the reader raises RuntimeError, msgpack and NumPy half a dozen others
       raise ValueError(f'record {row} of {self.directory / self.shards[number].file} cannot be read: '
                        f'{error}') from error
-
-  def verify(self) -> None:
-    """Reads every byte of the split. Raises ValueError naming the first shard whose content has changed."""
-    for shard in self.shards:
-      self._check(shard)
-      if hash_file(self.directory / shard.file) != shard.sha256:
-        raise ValueError(f'the content of the shard {self.directory / shard.file} has changed since it was '
-                         'written')

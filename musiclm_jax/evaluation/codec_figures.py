@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from musiclm_jax.data import token_counts
 from musiclm_jax.evaluation import audio_measures, batched, statistics
 from musiclm_jax.training import state as states
 
@@ -68,8 +69,8 @@ def _interval(values_B: np.ndarray) -> list[float]:
 
 def code_figures(codes_MxQ: np.ndarray, codebook_size: int) -> dict[str, Any]:
   """How evenly the codes of each level are used in M held-out frames."""
-  counts_QxK = statistics.level_counts(codes_MxQ, codebook_size)
-  perplexity_Q = np.exp(statistics.entropy(counts_QxK))
+  counts_QxK = token_counts.level_counts(codes_MxQ, codebook_size)
+  perplexity_Q = np.exp(token_counts.entropy(counts_QxK))
   return {
       'codebook_size': codebook_size,
       'perplexity_frames': int(len(codes_MxQ)),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from musiclm_jax.data import token_counts
 from musiclm_jax.evaluation import batched, statistics
 from musiclm_jax.training import state as states
 
@@ -86,7 +87,7 @@ def agreement_figures(audio_tokens_NxQ: np.ndarray, text_tokens_NxQ: np.ndarray)
   text_tokens_NxQ = np.asarray(text_tokens_NxQ).reshape(len(text_tokens_NxQ), -1)
   equal_NxQ = audio_tokens_NxQ == text_tokens_NxQ
   size = int(max(audio_tokens_NxQ.max(), text_tokens_NxQ.max())) + 1
-  share = lambda tokens: statistics.level_counts(tokens, size) / len(tokens)
+  share = lambda tokens: token_counts.level_counts(tokens, size) / len(tokens)
   return {
       'text_audio_agreement': [float(a) for a in equal_NxQ.mean(0)],
       'text_audio_agreement_chance': [

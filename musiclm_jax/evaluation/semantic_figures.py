@@ -11,7 +11,8 @@ from flax import nnx
 import jax
 import numpy as np
 
-from musiclm_jax.evaluation import batched, probes, statistics
+from musiclm_jax.data import token_counts
+from musiclm_jax.evaluation import batched, probes
 from musiclm_jax.training import state as states
 
 
@@ -56,7 +57,7 @@ def masked_figures(
   metrics, sums = mean_metrics(objective, model, batches, seed=seed)
   keep = ('masked_cross_entropy', 'masked_accuracy', 'contrastive', 'contrastive_accuracy', 'loss')
   figures = {name: metrics[name] for name in keep if name in metrics}
-  entropy_G = statistics.entropy(sums['hard'])
+  entropy_G = token_counts.entropy(sums['hard'])
   share_G = sums['hard'] / sums['hard'].sum(-1, keepdims=True)
   return {**figures, 'target_entropy': float(entropy_G.mean()),
           'target_perplexity': float(np.exp(entropy_G).mean()),
@@ -107,7 +108,7 @@ def semantic_figures(
   figures: dict[str, Any] = {
       'clips': len(trained_NxF), 'codebook_size': codebook_size, **dict(masked or {}),
       'perplexity_share': {
-          name: float(statistics.perplexity(t[..., None], codebook_size)[0]) / codebook_size
+          name: float(token_counts.perplexity(t[..., None], codebook_size)[0]) / codebook_size
           for name, t in by_tokenizer.items()},
   }
   if clip_labels or frame_labels:

@@ -1,4 +1,4 @@
-"""Token statistics, n-gram baselines, significance and intervals, recall in random pools.
+"""N-gram baselines, significance and intervals, recall in random pools.
 
 N recordings (or rows), F frames, Q levels, K codes, P pool size.
 """
@@ -10,29 +10,7 @@ import math
 
 import numpy as np
 
-# --- tokens ------------------------------------------------------------
-
-
-def level_counts(tokens_NxFxQ: np.ndarray, codebook_size: int) -> np.ndarray:
-  """How often each code occurs at each level, int64 [Q, K]. Raises ValueError for a code outside [0, K)."""
-  rows_MxQ = np.asarray(tokens_NxFxQ).reshape(-1, np.shape(tokens_NxFxQ)[-1])
-  if rows_MxQ.size and not 0 <= rows_MxQ.min() <= rows_MxQ.max() < codebook_size:
-    raise ValueError(f'tokens from {rows_MxQ.min()} to {rows_MxQ.max()} are not codes of a codebook of '
-                     f'{codebook_size}')
-  return np.stack([np.bincount(column, minlength=codebook_size) for column in rows_MxQ.T])
-
-
-def entropy(counts_xK: np.ndarray) -> np.ndarray:
-  """Entropy in nats of the distribution that the counts along the last axis estimate (0 for no counts)."""
-  counts_xK = np.asarray(counts_xK, np.float64)
-  share = counts_xK / np.maximum(counts_xK.sum(-1, keepdims=True), 1e-300)
-  return -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
-
-
-def perplexity(tokens_NxFxQ: np.ndarray, codebook_size: int) -> np.ndarray:
-  """exp(entropy) of the codes of each level, [Q]: the number of codes in even use, between 1 and K."""
-  return np.exp(entropy(level_counts(tokens_NxFxQ, codebook_size)))
-
+from musiclm_jax.data import token_counts
 
 # --- n-grams ------------------------------------------------------------
 
@@ -82,7 +60,7 @@ def fit_ngrams(rows: Iterable[np.ndarray], codebook_size: int) -> NGrams:
     if unigram is None:
       unigram = np.zeros((levels, codebook_size), np.int64)
       pairs = np.zeros((levels, codebook_size, codebook_size), np.int32)
-    unigram += level_counts(tokens_FxQ, codebook_size)
+    unigram += token_counts.level_counts(tokens_FxQ, codebook_size)
     np.add.at(pairs, (np.arange(levels), tokens_FxQ[:-1], tokens_FxQ[1:]), 1)
   if unigram is None or not unigram.sum():
     raise ValueError('n-gram baselines: there are no training tokens to fit them on')

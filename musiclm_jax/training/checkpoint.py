@@ -167,13 +167,21 @@ def _read_about(directory: pathlib.Path, step: int) -> dict[str, Any] | None:
 def read_about(workdir: str | os.PathLike) -> dict[str, Any]:
   """What the newest whole checkpoint says of itself: objective, lineage, what it was made with. No arrays are read.
 
-  Raises FileNotFoundError where there is none.
+  Raises FileNotFoundError where there is none, ValueError where it is damaged.
   """
-  step = latest_step(workdir)
-  about = None if step is None else _read_about(_directory(workdir), step)
+  return _find(workdir)[1]
+
+
+def _find(workdir: str | os.PathLike, step: int | None = None) -> tuple[pathlib.Path, dict[str, Any]]:
+  """The directory of the newest (or the named) step, and what it says of itself."""
+  directory = _directory(workdir)
+  step = latest_step(workdir) if step is None else step
+  if step is None or not (directory / str(step)).is_dir():
+    raise FileNotFoundError(f'no checkpoint under {directory}; train it first, or name the right workdir')
+  about = _read_about(directory, step)
   if about is None:
-    raise FileNotFoundError(f'no checkpoint under {_directory(workdir)}; train it first, or name the right workdir')
-  return about
+    raise ValueError(f'{directory / str(step)} has no readable specs.json; delete that step to use the one before')
+  return directory / str(step), about
 
 
 def _check_whole(about: dict[str, Any], item: str, tree: Any) -> None:
@@ -239,31 +247,24 @@ def content_hash(objective: Objective, *trees: Any) -> str:
 def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
   """Loads the newest (or the named) checkpoint of a run for use, without its optimizer.
 
-  Raises FileNotFoundError where there is none.
+  Raises FileNotFoundError where there is none, ValueError where it is damaged.
   """
-  directory = _directory(workdir)
-  step = latest_step(workdir) if step is None else step
-  if step is None or not (directory / str(step)).is_dir():
-    raise FileNotFoundError(f'no checkpoint under {directory}; train it first, or name the right workdir')
-  about = _read_about(directory, step)
-  if about is None:
-    raise ValueError(f'{directory / str(step)} has no readable specs.json; delete that step to use the one before')
+  place, about = _find(workdir, step)
   objective = specs.from_json(json.dumps(about['objective']))
   skeleton = Skeleton.of(objective)
-  params_item = 'ema' if (directory / str(step) / 'ema').is_dir() else 'params'
+  params_item = 'ema' if (place / 'ema').is_dir() else 'params'
   trees = {}
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   for item, state in ((params_item, skeleton.params), ('buffers', skeleton.buffers)):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(state))
-    path = directory / str(step) / item
-    trees[item] = ocp.StandardCheckpointer().restore(path, abstract) if jax.tree.leaves(abstract) else {}
+    trees[item] = ocp.StandardCheckpointer().restore(place / item, abstract) if jax.tree.leaves(abstract) else {}
     try:
       _check_whole(about, item, trees[item])
     except ValueError as error:
-      raise ValueError(f'{directory / str(step)}: {error}; delete that step to use the one before') from None
+      raise ValueError(f'{place}: {error}; delete that step to use the one before') from None
   params, buffers = trees[params_item], trees['buffers']
   assets = {k: base64.b64decode(v) for k, v in about['assets'].items()}
-  return Loaded(objective, skeleton.model(params, buffers), params, buffers, step,
+  return Loaded(objective, skeleton.model(params, buffers), params, buffers, int(place.name),
                 content_hash(objective, params, buffers), assets, about['lineage'], about['made_with'])
 
 

@@ -1,7 +1,7 @@
 """Metrics of a run: one JSON line a report, a progress display, and the two alarms."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 import os
 import pathlib
@@ -73,6 +73,12 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     if isinstance(row, dict) and isinstance(row.get('step'), int):
       lines.append(row)
   return lines
+
+
+def check_finite(step: int, loss: Any, keep_examples: Callable[[], pathlib.Path | None] = lambda: None) -> None:
+  """Raises `NonFiniteLoss` where the loss is not finite; `keep_examples` then writes down what the batch had."""
+  if not np.isfinite(loss):
+    raise NonFiniteLoss(step, float(loss), keep_examples())
 
 
 class ChanceAlarm:

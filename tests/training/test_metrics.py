@@ -1,6 +1,7 @@
 import json
 
 import jax.numpy as jnp
+import pytest
 
 from musiclm_jax.training import metrics
 
@@ -32,6 +33,11 @@ def test_the_alarm_rings_once_and_only_at_chance(caplog):
   assert len(caplog.records) == 1 and 'chance level 6.2380' in caplog.text
 
 
-def test_a_loss_that_is_not_finite_names_its_step_and_examples(tmp_path):
-  assert 'loss of step 17 is nan' in str(metrics.NonFiniteLoss(17, float('nan')))
-  assert f'batch of step 17 ({tmp_path})' in str(metrics.NonFiniteLoss(17, float('inf'), tmp_path))
+@pytest.mark.parametrize('loss', [float('nan'), float('inf'), -float('inf')])
+def test_a_loss_that_is_not_finite_names_its_step_and_examples(loss, tmp_path):
+  metrics.check_finite(16, jnp.float32(2.5))
+  with pytest.raises(metrics.NonFiniteLoss, match=f'loss of step 17 is {loss}'):
+    metrics.check_finite(17, jnp.float32(loss))
+  with pytest.raises(metrics.NonFiniteLoss) as error:
+    metrics.check_finite(17, jnp.float32(loss), lambda: tmp_path)
+  assert f'batch of step 17 ({tmp_path})' in str(error.value)
