@@ -1,5 +1,8 @@
 # Sourced by the other scripts: finding a Python that the project supports, and making an environment with it.
 
+# The tests start dozens of processes. Without compiled files each would compile JAX again, for longer than it runs.
+export PYTHONDONTWRITEBYTECODE=
+
 # Whether "$1" runs and is Python 3.11 to 3.13. A pyenv shim that is not active exists but fails.
 python_fits() {
   "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1
@@ -32,7 +35,7 @@ ensure_environment() {
   stamp="$requirement $(cksum < setup.cfg)"
   if [ "$(cat "$environment/.installed" 2>/dev/null)" != "$stamp" ]; then
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check uv || return 1
-    UV_PYTHON_DOWNLOADS=never "$environment/bin/uv" pip install --quiet \
+    UV_PYTHON_DOWNLOADS=never "$environment/bin/uv" pip install --quiet --compile-bytecode \
       --python "$environment/bin/python" "$@" "$requirement" || return 1
     echo "$stamp" > "$environment/.installed"
   fi

@@ -156,7 +156,7 @@ def test_killed_again_and_again_by_command_it_makes_the_same_bytes(audio, networ
     running = [subprocess.Popen(command(i), env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
                for i in range(count)]
     wanted = len(list(output.glob('*.arrayrecord'))) + 1
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while any(p.poll() is None for p in running) and time.monotonic() < deadline:
       if kills < 4 and len(list(output.glob('*.arrayrecord'))) >= wanted:
         time.sleep(generator.random() * 0.1)

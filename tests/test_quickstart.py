@@ -53,7 +53,7 @@ def test_it_ends_with_music_and_a_report(finished):
 @pytest.mark.slow
 def test_a_second_call_skips_everything(finished, environment):
   before = hashes(finished)
-  done = subprocess.run(arguments(finished), env=environment, capture_output=True, text=True, timeout=300)
+  done = subprocess.run(arguments(finished), env=environment, capture_output=True, text=True, timeout=900)
   assert done.returncode == 0
   assert done.stdout.count('done before') == len(quickstart.plan(
       finished, audio_dir=None, captions=None, size='nano', seed=0))
@@ -65,7 +65,7 @@ def test_text_to_wav_by_command(finished, environment, tmp_path):
   run = lambda name, seed: subprocess.run(
       [sys.executable, '-m', 'musiclm_jax.main', 'generate', '--workdir', str(finished), '--prompt', 'slow piano',
        '--seconds', '2.5', '--seed', str(seed), '--output', str(tmp_path / name)],
-      env=environment, capture_output=True, text=True, timeout=300)
+      env=environment, capture_output=True, text=True, timeout=900)
   for name, seed in (('a.wav', 7), ('b.wav', 7), ('c.wav', 8)):
     assert run(name, seed).returncode == 0
   a, b, c = ((tmp_path / name).read_bytes() for name in ('a.wav', 'b.wav', 'c.wav'))
@@ -97,6 +97,6 @@ def test_killed_twice_it_ends_with_the_same_parameters(finished, environment, tm
 def test_a_failing_step_ends_it_with_one_line(environment, tmp_path):
   (tmp_path / 'music').mkdir()
   done = subprocess.run(arguments(tmp_path / 'w', '--audio_dir', str(tmp_path / 'music')), env=environment,
-                        capture_output=True, text=True, timeout=300)
+                        capture_output=True, text=True, timeout=900)
   assert done.returncode == 1
   assert 'step prepare failed' in done.stderr.splitlines()[-1]

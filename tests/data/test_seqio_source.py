@@ -198,7 +198,7 @@ def test_a_process_that_read_through_seqio_ends(folders):
           f'corpus = source.open_corpus({str(folders / "audio")!r}, "train")\n'
           'print(len(corpus[0]["audio"]), "seqio" in sys.modules)')
   for reader in ('seqio', 'direct'):
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=900,
                           env={**os.environ, 'MUSICLM_READER': reader})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ['200', str(reader == 'seqio')]

@@ -25,7 +25,7 @@ STAGE = 'fine_lm'  # what is compiled soonest; that all trainings resume alike i
 def started(arguments, environment, folder, step):
   """The process, once it has logged this step."""
   process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
-  deadline = time.monotonic() + 300
+  deadline = time.monotonic() + 900
   while _steps_logged(folder) < step and process.poll() is None and time.monotonic() < deadline:
     time.sleep(0.01)
   assert process.poll() is None, process.stderr.read()[-2000:]
@@ -47,7 +47,7 @@ def test_asked_to_stop_it_saves_the_step_and_goes_on_from_there(environment, tok
   folder = tmp_path / 'run'
   process = started(command(STAGE, tokens, folder, 4000, CHECKPOINT_EVERY=0), environment, folder, 5)
   process.send_signal(number)
-  _, errors = process.communicate(timeout=120)
+  _, errors = process.communicate(timeout=900)
   assert process.returncode == 128 + number
   step = checkpoint.latest_step(tmp_path / 'run')
   assert step >= 5 and f'stopped by {number.name} after step {step}, which is saved' in errors.splitlines()[-1]

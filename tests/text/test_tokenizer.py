@@ -124,5 +124,5 @@ def test_a_model_with_another_padding_id_is_refused():
 def test_no_tensorflow_is_needed():
   code = ('import sys, musiclm_jax.data.composer, musiclm_jax.text.tokenizer as t; t.Tokenizer.load(); '
           'assert not {"tensorflow", "jax", "seqio"} & set(sys.modules)')
-  subprocess.run([sys.executable, '-c', code], check=True, timeout=60,
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=900,
                  cwd=pathlib.Path(tokenizer.__file__).parents[2])
