@@ -48,6 +48,7 @@ def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade
     raise ValueError(f'process {process_index} of {process_count}: the index counts from 0')
   report = report or _to_stderr
   audio = records.read_manifest(audio_dir)
+  _check_audio(audio_dir, audio, cascade)
   header = records.Header(
       'tokens', records.token_streams([cascade.token_spec(role) for role in TOKENIZERS]),
       settings={'audio': audio.fingerprint, 'batch': batch_size}, lineage=cascade.lineage)
@@ -56,15 +57,15 @@ def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade
     name, there, here = other
     raise ValueError(f'{output_dir} holds tokens of {name} {there}, this would be {name} {here}; name another output')
   made_with = provenance.made_with(networks=cascade.networks())
-  corpora = {split: records.RecordSet(audio_dir, split) for split in counts if counts[split]}
+  corpora = {split: records.RecordSet(audio_dir, split) for split in counts if audio.records(split)}
   longest = max(float(corpus.durations.max()) for corpus in corpora.values())
   tokenise = _Tokeniser(cascade, longest, batch_size * jax.local_device_count())
   places = [(split, i) for split, count in counts.items() for i in range(count)]
   mine = places[process_index::process_count]
   for split, index in mine:
     if not records.shard_done(output_dir, split, index, counts[split], header):
-      records.write_shard(output_dir, split, index, counts[split], tokenise(corpora[split], index), header,
-                          made_with=made_with)
+      examples = tokenise(corpora[split], index) if split in corpora else ()
+      records.write_shard(output_dir, split, index, counts[split], examples, header, made_with=made_with)
       report(f'extracted {split} {index + 1}/{counts[split]}')
   if process_count > 1:
     missing = sum(not records.shard_done(output_dir, *place, counts[place[0]], header) for place in places)
@@ -75,6 +76,17 @@ def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade
   return records.finish(output_dir, header, counts)
 
 
+def _check_audio(audio_dir: str | os.PathLike, audio: records.Manifest, cascade: Cascade) -> None:
+  if audio.header.kind != 'audio':
+    raise ValueError(f'{audio_dir} holds {audio.header.kind}, not audio; name what `musiclm prepare` wrote')
+  there, wanted = audio.header.streams['audio']['sample_rate'], cascade.part('codec').objective.codec.sample_rate
+  if there != wanted:
+    raise ValueError(f'{audio_dir} has {there} samples a second, the networks were trained with {wanted}: prepare the '
+                     'music again')
+  if not any(audio.records(split) for split in audio.splits):
+    raise ValueError(f'{audio_dir} holds no records: {audio.summary()}')
+
+
 def _to_stderr(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
 
@@ -83,8 +95,11 @@ class _Tokeniser:
   """Clips to token examples in batches of one shape, the next batch read while the devices work on this one."""
 
   def __init__(self, cascade: Cascade, seconds: float, batch_size: int):
-    self.seconds, self.batch_size = seconds, batch_size
+    self.batch_size = batch_size
     self.specs = {cascade.token_spec(role).feature: cascade.token_spec(role) for role in TOKENIZERS}
+    rate = cascade.part('codec').objective.codec.sample_rate
+    block = math.lcm(*(round(rate / s.frame_rate) for s in self.specs.values() if s.frame_rate))
+    self.samples = math.ceil(seconds * rate / block) * block  # whole frames of every stream
     self.encode = cascade.function('codec', 'encode', parallel=True)
     self.semantic = cascade.function('semantic', 'tokens', parallel=True)
     self.embed = cascade.function('mulan', 'embed_audio', parallel=True)
@@ -96,7 +111,7 @@ class _Tokeniser:
 
     def read(batch: int, *_: int) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
       chosen = indices[batch * self.batch_size:(batch + 1) * self.batch_size]
-      return self._batch([corpus[int(i)] for i in chosen], rate)
+      return self._batch([corpus[int(i)] for i in chosen])
 
     with Prefetch(read, 0, -(-len(indices) // self.batch_size)) as batches:
       running = None
@@ -109,10 +124,9 @@ class _Tokeniser:
       if running is not None:
         yield from self._finished(*running, rate)
 
-  def _batch(self, examples: list[dict[str, Any]], rate: int) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    samples = math.ceil(self.seconds) * rate  # whole seconds hold whole frames of every stream
-    audio_BxN = np.zeros((self.batch_size, samples), np.float32)
-    length_B = np.full((self.batch_size,), samples, np.int32)
+  def _batch(self, examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    audio_BxN = np.zeros((self.batch_size, self.samples), np.float32)
+    length_B = np.full((self.batch_size,), self.samples, np.int32)
     for row, example in enumerate(examples):
       audio = example.pop('audio')
       audio_BxN[row, :len(audio)] = audio
@@ -120,7 +134,7 @@ class _Tokeniser:
     return examples, audio_BxN, length_B
 
   def _start(self, audio_BxN: np.ndarray, length_B: np.ndarray) -> dict[str, jax.Array]:
-    return {'acoustic': self.encode(audio_BxN), 'semantic': self.semantic(audio_BxN),
+    return {'acoustic': self.encode(audio_BxN), 'semantic': self.semantic(audio_BxN, length_B),
             'mulan': self.mulan(self.embed(audio_BxN, length_B))}
 
   def _finished(self, examples: list[dict[str, Any]], length_B: np.ndarray, tokens: dict[str, jax.Array], rate: int

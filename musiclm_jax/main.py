@@ -1,4 +1,4 @@
-"""The `musiclm` command: prepare, train, extract, data, generate, evaluate, reproduce, quickstart.
+"""The `musiclm` command: prepare, train, extract, data, codec, generate, evaluate, reproduce, quickstart.
 
 Each verb imports what it needs when it runs, so that `--help` is instant and a verb works without the
 packages of the others. A user's mistake is one line on stderr: exit code 2 for the command line and the
@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -161,8 +162,8 @@ def data(args: argparse.Namespace) -> None:
     print(found.text())
     if args.delete_damaged:
       found.delete_damaged()
-    if found.faults:
-      raise ValueError(found.advice(deleted=args.delete_damaged))
+    if advice := found.advice(deleted=args.delete_damaged):
+      raise ValueError(advice)
     return
   options = _given(args, 'threshold')
   found = _late('data.duplicates', 'find')(args.directory, progress=_progress, **options)
@@ -171,9 +172,20 @@ def data(args: argparse.Namespace) -> None:
     print(_late('data.duplicates', 'remove')(args.directory, found).summary())
 
 
+def codec(args: argparse.Namespace) -> None:
+  transcode = importlib.import_module('musiclm_jax.transcode')
+  _existing(args.codec, '--codec')
+  _existing(args.input, args.action)
+  if args.action != 'encode' and not args.output.endswith('.wav'):
+    raise UsageError(f'{args.output}: name a .wav file')
+  transcoder = transcode.Transcoder(transcode.load(args.codec))
+  run = {'encode': transcoder.encode, 'decode': transcoder.decode, 'roundtrip': transcoder.round_trip}[args.action]
+  print(run(args.input, args.output, **_given(args, 'levels')).text())
+
+
 def reproduce(args: argparse.Namespace) -> None:
   _existing(args.run_dir, 'reproduce')
-  result = _late('reproduce', 'reproduce')(args.run_dir, args.workdir, **_given(args, 'steps'))
+  result = _late('reproduce', 'reproduce')(args.run_dir, args.workdir, allow=args.allow_import, **_given(args, 'steps'))
   print(result.text())
   if not result.same:
     raise ValueError(f'{args.workdir} is not a reproduction of {args.run_dir}: {result.first_difference}')
@@ -282,6 +294,25 @@ examples:
   p.add_argument('--remove', action='store_true', help='duplicates: take those clips out of the held-out split')
 
 
+def _add_codec(verb: Callable[..., _Parser]) -> None:
+  p = verb('codec', codec, 'recordings to compressed files and back, with a trained codec', '''
+actions:
+  encode       an audio file to a compressed one
+  decode       a compressed file to .wav, with all of its levels or the first few
+  roundtrip    an audio file to .wav, through the codec
+
+examples:
+  musiclm codec encode song.flac song.mlc --codec runs/codec --levels 4
+  musiclm codec decode song.mlc song.wav --codec runs/codec
+''')
+  p.add_argument('action', metavar='ACTION', choices=('encode', 'decode', 'roundtrip'),
+                 help='encode, decode or roundtrip')
+  p.add_argument('input', metavar='IN')
+  p.add_argument('output', metavar='OUT')
+  p.add_argument('--codec', metavar='DIR', required=True, help='the run of a trained codec')
+  p.add_argument('--levels', metavar='N', type=_positive(int), help='levels of the quantizer; all by default')
+
+
 def _add_reproduce(verb: Callable[..., _Parser]) -> None:
   p = verb('reproduce', reproduce, 'run a finished run again and compare, bit for bit', '''
 example:
@@ -290,6 +321,7 @@ example:
   p.add_argument('run_dir', metavar='RUN', help='the workdir of a run')
   p.add_argument('--workdir', metavar='DIR', required=True, help='where the repetition goes')
   p.add_argument('--steps', metavar='N', type=_positive(int), help='compare the first N steps only')
+  p.add_argument('--allow_import', metavar='MODULE', action='append', default=[], help='as for train; repeatable')
 
 
 def _add_generate(verb: Callable[..., _Parser]) -> None:
@@ -345,8 +377,8 @@ start here:
     p.set_defaults(run=run)
     return p
 
-  for add in (_add_prepare, _add_train, _add_extract, _add_data, _add_generate, _add_evaluate, _add_reproduce,
-              _add_quickstart):
+  for add in (_add_prepare, _add_train, _add_extract, _add_data, _add_codec, _add_generate, _add_evaluate,
+              _add_reproduce, _add_quickstart):
     add(verb)
   return parser
 
@@ -369,8 +401,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   rest, bindings = _split_bindings(argv)
   args = _parser().parse_args(rest)
   if args.verb is None:
-    raise UsageError('no verb: prepare, train, extract, data, generate, evaluate, reproduce, quickstart (see musiclm '
-                     '--help)')
+    raise UsageError('no verb: prepare, train, extract, data, codec, generate, evaluate, reproduce, quickstart (see '
+                     'musiclm --help)')
   if bindings and args.verb != 'train':
     raise UsageError(f'--gin.{bindings[0][0]} belongs to `musiclm train`')
   args.gin_bindings = bindings
@@ -385,7 +417,7 @@ def _explain(error: BaseException) -> tuple[int, str, bool]:
   kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: their modules may not be importable
   if 'ConfigError' in kinds:
     return USAGE_ERROR, text, True
-  if kinds & {'StepFailed', 'NonFiniteLoss', 'ReplicasDiffer', 'SaveFailed'}:
+  if kinds & {'StepFailed', 'NonFiniteLoss', 'ReplicasDiffer', 'SaveFailed', 'WorkerLost'}:
     return FAILURE, text, True
   if 'Stopped' in kinds:
     return error.exit_code, text, True
@@ -406,8 +438,11 @@ def _explain(error: BaseException) -> tuple[int, str, bool]:
 
 def _raised_here(error: BaseException) -> bool:
   """Whether a ValueError is one of our own sentences rather than a fault deep inside a library."""
-  frames = traceback.extract_tb(error.__traceback__)
-  return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+  if type(error.__cause__).__name__ == '_RemoteTraceback':  # it crossed from another process, as text
+    files = re.findall(r'^  File "(.+?)", line ', str(error.__cause__), re.MULTILINE)
+  else:
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+  return bool(files) and Path(files[-1]).is_relative_to(Path(__file__).parent)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

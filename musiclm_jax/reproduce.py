@@ -1,14 +1,17 @@
 """Runs a finished run again from what it wrote down about itself, and compares the two, number by number."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
+import json
 import os
 import pathlib
 import subprocess
 import sys
 from typing import Any
 
-from musiclm_jax import provenance
+from musiclm_jax import provenance, specs
+from musiclm_jax.objective import Fit
 from musiclm_jax.training import checkpoint, metrics
 
 
@@ -38,8 +41,12 @@ class Comparison:
     return '\n'.join([*found, f'compared: {what}: ' + (self.first_difference or 'equal, bit for bit')])
 
 
-def reproduce(run_dir: str | os.PathLike, workdir: str | os.PathLike, *, steps: int = 0) -> Comparison:
-  """Trains again in `workdir`, for as many steps as the run had (or the first `steps`), and compares.
+def reproduce(run_dir: str | os.PathLike, workdir: str | os.PathLike, *, steps: int = 0, allow: Sequence[str] = ()
+              ) -> Comparison:
+  """Trains again in `workdir`, for as many steps as the run has (or the first `steps`), and compares.
+
+  Args:
+    allow: modules that the configuration may import, as for `musiclm train`.
 
   Raises:
     FileNotFoundError: there is no finished checkpoint in `run_dir`.
@@ -55,7 +62,12 @@ def reproduce(run_dir: str | os.PathLike, workdir: str | os.PathLike, *, steps: 
   workdir.mkdir(parents=True, exist_ok=True)
   gin = workdir / 'reproduced.gin'
   gin.write_text(configuration)
-  extra = [f'--gin.train.train.stop_after={steps}'] if steps else []
+  fitted = isinstance(specs.from_json(json.dumps(there['objective'])), Fit)
+  if fitted and steps:
+    raise ValueError(f'{run_dir} is a fit, which has passes and no steps; leave --steps out')
+  last = steps or checkpoint.latest_step(run_dir)  # a run that was stopped has fewer than its configuration says
+  extra = [] if fitted else [f'--gin.train.train.stop_after={last}']
+  extra += [flag for module in allow for flag in ('--allow_import', module)]
   command = [sys.executable, '-m', 'musiclm_jax.main', 'train', '--gin_file', os.fspath(gin), *extra,
              '--workdir', os.fspath(workdir)]
   done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
@@ -86,12 +98,16 @@ def compare(run_dir: str | os.PathLike, workdir: str | os.PathLike) -> Compariso
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], rows: list[dict[Any, dict[str, Any]]],
                       common: list[Any]) -> str:
-  for fact in ('data', 'seed'):
+  for fact in ('seed', 'data'):  # the order of the data follows from the seed, too
     if there.get(fact) != here.get(fact):
       return f'{fact}: {there.get(fact)}, now {here.get(fact)}'
   for step, part in common:
     before, now = (r[step, part] for r in rows)
     for name in before:
-      if before[name] != now.get(name):
+      if not _same(before[name], now.get(name)):
         return f'{name} of step {step} ({part}): {before[name]}, now {now.get(name)}'
   return ''
+
+
+def _same(a: Any, b: Any) -> bool:
+  return a == b or (a != a and b != b)  # not a number, both times

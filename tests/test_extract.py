@@ -61,7 +61,12 @@ def test_the_tokens_are_those_of_the_networks(audio, tokens, cascade):
   for i in (0, 3, 20):
     np.testing.assert_array_equal(clips[i]['recording'], made[i]['recording'])
     clip = clips[i]['audio'][None]
-    np.testing.assert_array_equal(np.asarray(cascade.function('codec', 'encode')(clip))[0], made[i]['acoustic'])
+    mulan = cascade.function('mulan', 'embed_audio')(clip, np.array([clip.shape[1]], np.int32))
+    alone = {'acoustic': cascade.function('codec', 'encode')(clip),
+             'semantic': cascade.function('semantic', 'tokens')(clip),
+             'mulan': cascade.function('mulan', 'tokens')(mulan)}
+    for name, there in alone.items():
+      np.testing.assert_array_equal(np.asarray(there)[0], made[i][name], err_msg=f'{name} of clip {i}')
 
 
 def test_a_shard_says_what_made_it(tokens, cascade):
@@ -89,10 +94,17 @@ def test_an_interrupted_extraction_makes_only_what_is_missing(audio, cascade, to
   for name, whole in content(tokens).items():
     if name.startswith('train-00001') or name.startswith('test'):
       (tmp_path / name).write_bytes(whole)
-  (tmp_path / '.train-00002-of-00005.arrayrecord.99.tmp').write_bytes(b'torn')
+  torn, at_work, foreign = (tmp_path / name for name in (
+      '.train-00002-of-00005.arrayrecord.99.tmp', '.train-00003-of-00005.arrayrecord.98.tmp', 'mine.arrayrecord'))
+  for path in (torn, at_work, foreign):
+    path.write_bytes(b'torn')
+  os.utime(torn, (time.time() - 10 ** 6,) * 2)
   said = []
   extraction.extract(audio, tmp_path, cascade, batch_size=1, report=said.append)
   assert said == [f'extracted train {i}/5' for i in (1, 3, 4, 5)]
+  assert not torn.exists()
+  at_work.unlink()  # another process may be writing it, and other files are none of ours
+  foreign.unlink()
   assert content(tmp_path) == content(tokens)
   before = {p: p.stat().st_mtime_ns for p in tmp_path.glob('*.arrayrecord')}
   extraction.extract(audio, tmp_path, cascade, batch_size=1, report=said.append)
@@ -123,6 +135,25 @@ def test_many_devices_compute_what_one_computes(cascade):
   for role, method in (('codec', 'encode'), ('semantic', 'tokens')):
     one, many = (states.compiled(cascade.part(role).model, method, parallel=p) for p in (False, True))
     np.testing.assert_array_equal(np.concatenate([one(c[None]) for c in clips]), many(clips))
+
+
+def test_a_split_without_records_and_sets_that_are_not_music(cascade, tmp_path):
+  clip = {'audio': np.full(24000, 0.1, np.float32), 'sample_rate': 24000, 'recording': 'a'}
+  header = records.Header('audio', records.audio_streams(24000))
+  for split, clips in (('train', [clip]), ('test', [])):
+    records.write_shard(tmp_path / 'empty', split, 0, 1, clips, header)
+  records.finish(tmp_path / 'empty', header, {'train': 1, 'test': 1})
+  made = extraction.extract(tmp_path / 'empty', tmp_path / 'out', cascade, report=lambda line: None)
+  assert (made.records('train'), made.records('test')) == (1, 0)
+  with pytest.raises(ValueError, match='out holds tokens, not audio'):
+    extraction.extract(tmp_path / 'out', tmp_path / 'again', cascade)
+  records.write_records(tmp_path / 'fast', {'train': [{**clip, 'sample_rate': 48000}]},
+                        records.Header('audio', records.audio_streams(48000)))
+  with pytest.raises(ValueError, match='has 48000 samples a second, the networks were trained with 24000'):
+    extraction.extract(tmp_path / 'fast', tmp_path / 'again', cascade)
+  records.write_records(tmp_path / 'none', {'train': []}, header)
+  with pytest.raises(ValueError, match='none holds no records'):
+    extraction.extract(tmp_path / 'none', tmp_path / 'again', cascade)
 
 
 def test_the_process_index_must_fit():

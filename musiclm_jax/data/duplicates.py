@@ -20,6 +20,7 @@ from musiclm_jax.data.workers import Progress, Workers
 
 STREAM = 'semantic'
 RUN = 4  # tokens: 160 ms at 25 Hz
+_COMMON = 500  # a run that held-out music has more often is silence or a held note, and says nothing
 REASON = 'near-duplicate of training music'
 _SHOWN = 20
 
@@ -81,10 +82,11 @@ def _index(clips: Sequence[np.ndarray]) -> _Index:
   hash_G = np.concatenate(clips)
   clip_G = np.repeat(np.arange(len(clips)), [len(c) for c in clips])
   place_G = np.concatenate([np.arange(len(c)) for c in clips])
-  order = np.argsort(hash_G, kind='stable')
   _, inverse, count = np.unique(hash_G, return_inverse=True, return_counts=True)
-  bits_G = -np.log2(count / len(hash_G))[inverse]
+  bits_G = np.where(count > _COMMON, 0.0, -np.log2(count / max(len(hash_G), 1)))[inverse]
   total = np.bincount(clip_G, bits_G, minlength=len(clips))
+  order = np.argsort(hash_G, kind='stable')
+  order = order[bits_G[order] > 0]
   return _Index(hash_G[order], clip_G[order], place_G[order], bits_G[order], total)
 
 
@@ -110,15 +112,17 @@ def _best_shares(index: _Index, runs_W: np.ndarray) -> tuple[np.ndarray, np.ndar
   return found, np.array([best[c] for c in found]) / index.total[found]
 
 
-def _search_shard(task: tuple[records.RecordSet, int, _Index]) -> list[tuple[float, str, float]]:
-  """For each held-out clip the best (share, recording, start) of one training shard."""
-  corpus, number, index = task
-  best: list[tuple[float, str, float]] = [(0.0, '', 0.0)] * len(index.total)
+_Best = dict[int, tuple[float, str, float]]  # (share, recording, start) of the most alike, by held-out clip
+
+
+def _search_shard(corpus: records.RecordSet, index: _Index, number: int) -> _Best:
+  """What one training shard has of the held-out clips."""
+  best: _Best = {}
   for row in corpus.shard_indices(number):
     example = corpus[int(row)]
     for clip, share in zip(*_best_shares(index, runs(example[STREAM]))):
-      if share > best[clip][0]:
-        best[clip] = (float(share), example.get('recording', ''), float(example.get('start', 0.0)))
+      if share > best.get(clip, (0.0,))[0]:
+        best[int(clip)] = (float(share), example.get('recording', ''), float(example.get('start', 0.0)))
   return best
 
 
@@ -133,17 +137,20 @@ def find(directory: str | os.PathLike, *, threshold: float = 0.5, workers: int =
     raise ValueError(f'{directory} has no {STREAM} tokens to compare, only {", ".join(train.header.streams)}: run '
                      '`musiclm extract` first')
   held_out = records.RecordSet(directory, 'test')
-  examples = [held_out[i] for i in range(len(held_out))]
-  index = _index([runs(e[STREAM]) for e in examples])
-  best: list[tuple[float, str, float]] = [(0.0, '', 0.0)] * len(examples)
-  tasks = [(train, number, index) for number in range(len(train.shards))]
-  with Workers(workers) as pool:
-    for found in pool.map(_search_shard, tasks, progress, 'shards compared'):
-      best = [max(a, b) for a, b in zip(best, found)]
-  pairs = [Pair(i, e.get('recording', ''), float(e.get('start', 0.0)), recording, start, share)
-           for i, (e, (share, recording, start)) in enumerate(zip(examples, best)) if share >= threshold]
-  return Duplicates(len(examples), threshold, tuple(sorted(pairs, key=lambda p: -p.share)),
-                    np.array([share for share, _, _ in best]))
+  clips, places = [], []
+  for i in range(len(held_out)):
+    example = held_out[i]
+    clips.append(runs(example[STREAM]))
+    places.append((example.get('recording', ''), float(example.get('start', 0.0))))
+  best: _Best = {}
+  with Workers(workers, train, _index(clips)) as pool:
+    for found in pool.map(_search_shard, range(len(train.shards)), progress, 'shards compared'):
+      for clip, there in found.items():
+        best[clip] = max(there, best.get(clip, there))
+  pairs = [Pair(i, *places[i], recording, start, share) for i, (share, recording, start) in best.items()
+           if share >= threshold]
+  shares = np.array([best[i][0] if i in best else 0.0 for i in range(len(clips))])
+  return Duplicates(len(clips), threshold, tuple(sorted(pairs, key=lambda p: (-p.share, p.held_out))), shares)
 
 
 def remove(directory: str | os.PathLike, found: Duplicates) -> records.Manifest:

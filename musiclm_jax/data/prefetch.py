@@ -4,9 +4,13 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterator
 import concurrent.futures
+from concurrent.futures.process import BrokenProcessPool
+import functools
 import multiprocessing
 import time
 from typing import Any
+
+from musiclm_jax.data.workers import keep_context, with_context, WorkerLost
 
 Batch = Any
 
@@ -34,8 +38,8 @@ class Prefetch(Iterator[Batch]):
     if processes and num_steps:
       # "spawn": a process that forks while JAX or TensorFlow has threads can hang.
       self._pool: concurrent.futures.Executor = concurrent.futures.ProcessPoolExecutor(
-          processes, mp_context=multiprocessing.get_context('spawn'), initializer=_keep, initargs=(batches,))
-      self._compute = _compute
+          processes, mp_context=multiprocessing.get_context('spawn'), initializer=keep_context, initargs=(batches,))
+      self._compute = functools.partial(with_context, _call)
     else:
       self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='batches')
       self._compute = batches
@@ -56,16 +60,15 @@ class Prefetch(Iterator[Batch]):
     began = time.perf_counter()
     try:
       batch = self._pending.popleft().result()
-    except concurrent.futures.process.BrokenProcessPool:
+      self._submit()
+    except BrokenProcessPool:
       self.close()
-      raise RuntimeError('a process that prepares batches was killed, perhaps for want of memory; run the same command '
-                         'again to go on, with fewer of them (DATA_PROCESSES)') from None
+      raise WorkerLost('prepares batches', 'with fewer of them (DATA_PROCESSES)') from None
     except BaseException:
       self.close()
       raise
     finally:
       self._waited += time.perf_counter() - began
-    self._submit()
     return batch
 
   @property
@@ -91,13 +94,6 @@ class Prefetch(Iterator[Batch]):
     self.close()
 
 
-_batches: Callable[..., Batch] | None = None  # of a worker process
 
-
-def _keep(batches: Callable[..., Batch]) -> None:
-  global _batches
-  _batches = batches
-
-
-def _compute(step: int, process_index: int, process_count: int) -> Batch:
-  return _batches(step, process_index, process_count)
+def _call(batches: Callable[..., Batch], step: int, *hosts: int) -> Batch:
+  return batches(step, *hosts)

@@ -9,6 +9,7 @@ import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
+import heapq
 import os
 import pathlib
 from typing import Any
@@ -226,13 +227,13 @@ def _split(recordings: Sequence[Recording], share: float) -> dict[str, list[Reco
   for recording in recordings:
     groups[recording.group].append(recording)
   place = {g: int.from_bytes(hashlib.sha256(g.encode()).digest()[:8], 'big') / 2.0 ** 64 for g in groups}
-  held_out: list[str] = []
+  held_out: set[str] = set()
   count = 0
   for group in sorted(groups, key=place.__getitem__):
     wanted = place[group] < share or (share > 0 and not held_out)
     # "train" keeps the larger part, whatever the hash says of a small collection.
     if wanted and 2 * (count + len(groups[group])) <= len(recordings):
-      held_out.append(group)
+      held_out.add(group)
       count += len(groups[group])
   if share > 0 and not held_out:
     warnings.warn(f'{len(recordings)} recordings in {len(groups)} groups (artists) cannot be split: nothing '
@@ -257,11 +258,11 @@ def _shard(splits: Mapping[str, Sequence[Recording]], num_shards: int) -> dict[s
     hours = sum(r.info.seconds for r in recordings) / 3600
     count = _shard_count(split, len(recordings), hours, num_shards, 0.1)
     parts: list[list[Recording]] = [[] for _ in range(count)]
-    seconds = [0.0] * count
+    least = [(0.0, number) for number in range(count)]  # a heap
     for recording in sorted(recordings, key=lambda r: (-r.info.seconds, r.name)):
-      least = seconds.index(min(seconds))
-      parts[least].append(recording)
-      seconds[least] += recording.info.seconds
+      seconds, number = least[0]
+      parts[number].append(recording)
+      heapq.heapreplace(least, (seconds + recording.info.seconds, number))
     shards[split] = [sorted(part, key=lambda r: r.name) for part in parts]
   return shards
 
@@ -271,8 +272,7 @@ def _segments(recordings: Sequence[Recording], settings: Mapping[str, Any],
   """The clips of some recordings in order; counts the pieces that are too short or silent."""
   for recording in recordings:
     facts = recording.facts
-    pieces = audio_files.segments(recording.path, settings['segment_seconds'], SAMPLE_RATE)
-    for number, audio in enumerate(pieces):
+    for number, audio in enumerate(_pieces(recording, settings['segment_seconds'])):
       if number and len(audio) < settings['min_seconds'] * SAMPLE_RATE:
         left_out['last piece too short'] += 1
       elif np.abs(audio).max() < audio_files.SILENCE:
@@ -282,6 +282,13 @@ def _segments(recordings: Sequence[Recording], settings: Mapping[str, Any],
             'audio': audio, 'sample_rate': SAMPLE_RATE, 'recording': recording.name, 'artist': facts.artist,
             'start': number * float(settings['segment_seconds']), 'texts': [dict(t) for t in facts.texts],
             'attributes': {}, 'source': {**facts.source, 'sha256': recording.info.sha256}}
+
+
+def _pieces(recording: Recording, seconds: float) -> Iterator[np.ndarray]:
+  try:
+    yield from audio_files.segments(recording.path, seconds, SAMPLE_RATE)
+  except audio_files.AudioFault as fault:
+    raise ValueError(f'{recording.path} changed while it was prepared ({fault}); run the same command again') from None
 
 
 def _write_folder_shard(task: tuple[str, str, int, int, Sequence[Recording], records.Header]) -> None:

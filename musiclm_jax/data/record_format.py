@@ -83,10 +83,6 @@ class Manifest:
   def hours(self, split: str) -> float:
     return sum(s.seconds for s in self.splits.get(split, ())) / 3600
 
-  @property
-  def skipped_count(self) -> int:
-    return sum(s['count'] for s in self.skipped.values())
-
   def summary(self) -> str:
     """One line for the terminal."""
     held = ', '.join(f'{n} {self.records(n)} clips ({self.hours(n) * 60:.1f} min)' for n in self.splits)

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import threading
+import time
 from typing import Any
+import uuid
 
 from array_record.python import array_record_module
 import numpy as np
@@ -47,6 +51,8 @@ __all__ = [
     'write_shard']
 
 MANIFEST = 'manifest.json'
+_SHARD_FILE = re.compile(r'.+-\d{5,}-of-\d{5,}\.arrayrecord(\.json)?')
+_STALE_SECONDS = 24 * 3600.0  # nobody takes as long for a shard
 # Examples are read in random order, so read-ahead would fetch what nobody asked for.
 _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 # A process may have 1,024 files open where nobody has raised that.
@@ -58,12 +64,17 @@ _WRITER_OPTIONS = {'audio': 'group_size:1,uncompressed', 'tokens': 'group_size:1
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
   """Writes beside `path`, syncs and renames: readers see the old file or the new one."""
   path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary = _temporary(path)
   with open(temporary, 'wb') as file:
     file.write(content)
     file.flush()
     os.fsync(file.fileno())
   _put(temporary, path)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+  """A name beside `path` that no other process on any machine takes."""
+  return path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
 
 
 def _put(temporary: pathlib.Path, path: pathlib.Path) -> None:
@@ -104,8 +115,7 @@ def write_shard(directory: str | os.PathLike, split: str, index: int, count: int
   directory.mkdir(parents=True, exist_ok=True)
   path = directory / shard_name(split, index, count)
   sidecar = path.with_name(path.name + '.json')
-  sidecar.unlink(missing_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary = _temporary(path)
   seconds, kinds, licences = [], [], collections.Counter()
   writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS[header.kind])
   try:
@@ -123,6 +133,7 @@ def write_shard(directory: str | os.PathLike, split: str, index: int, count: int
   with open(temporary, 'rb') as file:
     os.fsync(file.fileno())
   shard = Shard(path.name, len(seconds), temporary.stat().st_size, hash_file(temporary), sum(seconds))
+  sidecar.unlink(missing_ok=True)  # from here on the shard counts as missing, until its new description is there
   _put(temporary, path)
   kind_sets = sorted(set(kinds))
   write_atomically(sidecar, json.dumps({
@@ -149,12 +160,8 @@ def shard_done(directory: str | os.PathLike, split: str, index: int, count: int,
 def difference(directory: str | os.PathLike, header: Header) -> tuple[str, Any, Any] | None:
   """(name, there, here) of the first thing that differs from the set there, finished or not, or None."""
   directory = pathlib.Path(directory)
-  for path in (directory / MANIFEST, *sorted(directory.glob('*.arrayrecord.json'))):
-    try:
-      there = (read_manifest(directory).header if path.name == MANIFEST else
-               Header(**_sidecar(path.with_suffix(''))['header']))
-    except (FileNotFoundError, KeyError, TypeError):
-      continue
+  there = _header_there(directory)
+  if there is not None:
     for name in ('kind', 'lineage', 'settings', 'streams'):
       before, now = getattr(there, name), getattr(header, name)
       if before == now:
@@ -163,6 +170,18 @@ def difference(directory: str | os.PathLike, header: Header) -> tuple[str, Any, 
         return name, before, now
       key = next(k for k in (*now, *before) if before.get(k) != now.get(k))
       return key, before.get(key), now.get(key)
+  return None
+
+
+def _header_there(directory: pathlib.Path) -> Header | None:
+  """Of a finished set, or of the first shard of an unfinished one that can be read."""
+  if (directory / MANIFEST).exists():
+    return read_manifest(directory).header
+  for path in directory.glob('*.arrayrecord.json'):
+    try:
+      return Header(**_sidecar(path.with_suffix(''))['header'])
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+      continue
   return None
 
 
@@ -185,14 +204,16 @@ def finish(directory: str | os.PathLike, header: Header, shards: Mapping[str, in
   versions: list[Mapping[str, Any]] = []  # shards need not have been written by one version
   skipped = {reason: dict(files) for reason, files in (skipped or {}).items()}
   for split, count in shards.items():
-    sidecars = [_sidecar(directory / shard_name(split, i, count)) for i in range(count)]
-    splits[split] = tuple(Shard(**s['shard']) for s in sidecars)
-    for sidecar in sidecars:
+    held = []
+    for i in range(count):
+      sidecar = _sidecar(directory / shard_name(split, i, count))
+      held.append(Shard(**sidecar['shard']))
       licences.update(sidecar['licences'])
       if sidecar['made_with'] not in versions:
         versions.append(sidecar['made_with'])
       for reason, number in sidecar['left_out'].items():
         skipped[reason] = {'count': skipped.get(reason, {}).get('count', 0) + number, 'files': []}
+    splits[split] = tuple(held)
   manifest = Manifest(header, splits, dict(sorted(licences.items())), skipped, tuple(versions))
   document = {
       'format': FORMAT_VERSION, 'fingerprint': manifest.fingerprint, **dataclasses.asdict(header),
@@ -205,12 +226,17 @@ def finish(directory: str | os.PathLike, header: Header, shards: Mapping[str, in
 
 
 def _remove_others(directory: pathlib.Path, files: set[str]) -> None:
-  """Removes what interrupted runs left: shards that do not belong to the set, and unfinished files."""
+  """Removes what interrupted runs left: shards that do not belong to the set, and unfinished files.
+
+  An unfinished file may be another process's that is at work: those of the last hours stay.
+  """
   for path in directory.glob('*.arrayrecord*'):
-    if path.name.removesuffix('.json') not in files:
+    if _SHARD_FILE.fullmatch(path.name) and path.name.removesuffix('.json') not in files:
       path.unlink(missing_ok=True)
-  for path in directory.glob('.*.arrayrecord*.tmp'):
-    path.unlink(missing_ok=True)
+  for path in (*directory.glob('.*.arrayrecord*.tmp'), *directory.glob(f'.{MANIFEST}.*.tmp')):
+    with contextlib.suppress(FileNotFoundError):
+      if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+        path.unlink()
 
 
 def write_records(directory: str | os.PathLike, examples: Mapping[str, Sequence[source.Example]],
@@ -228,6 +254,8 @@ def rewrite(directory: str | os.PathLike, split: str, keep: Callable[[int, sourc
   """Writes a split again without the examples, by index, that `keep` refuses; they are counted as left out."""
   corpus = RecordSet(directory, split)
   manifest = corpus.manifest
+  # Interrupted, it is an unfinished set: the command that made it takes the shards that are there, and finishes it.
+  (corpus.directory / MANIFEST).unlink()
   for number, shard in enumerate(corpus.shards):
     sidecar = _sidecar(corpus.directory / shard.file)
     indices = [int(i) for i in corpus.shard_indices(number)]
@@ -302,6 +330,7 @@ class RecordSet:
                        f'the set holds {self.manifest.summary()}')
     self.shards = self.manifest.splits[split]
     self._ends = np.cumsum([s.records for s in self.shards])
+    self._seen: dict[str, tuple[int, int, int]] = {}
     for shard in self.shards:
       self._check(shard)
     self._start_reading()
@@ -311,7 +340,7 @@ class RecordSet:
     self._lock = threading.Lock()
 
   def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if k not in ('_readers', '_lock')}
+    return {k: v for k, v in self.__dict__.items() if k not in ('_readers', '_lock', '_columns')}
 
   def __setstate__(self, state):
     self.__dict__.update(state)
@@ -360,15 +389,19 @@ class RecordSet:
     """Size and `.json`; reading would be slow where a shard was exchanged by another as large."""
     path = self.directory / shard.file
     try:
-      size = path.stat().st_size
+      status = path.stat()
     except FileNotFoundError:
       raise FileNotFoundError(f'the shard {path} is missing; {MANIFEST} lists it with {shard.records} '
                               'records') from None
-    if size != shard.bytes:
-      raise ValueError(f'the shard {path} has {size} bytes; {MANIFEST} says {shard.bytes}')
+    state = status.st_ino, status.st_size, status.st_mtime_ns
+    if self._seen.get(shard.file) == state:
+      return
+    if status.st_size != shard.bytes:
+      raise ValueError(f'the shard {path} has {status.st_size} bytes; {MANIFEST} says {shard.bytes}')
     if _sidecar(path)['shard']['sha256'] != shard.sha256:
-      raise ValueError(f'{path}.json and {MANIFEST} describe different shards: it was written again; start the run '
-                       'anew on the set as it is now')
+      raise ValueError(f'{path}.json and {MANIFEST} describe different shards: it was written again; run the command '
+                       'that makes the set once more, then start anew on the set as it is')
+    self._seen[shard.file] = state
 
   def _reader(self, number: int) -> array_record_module.ArrayRecordReader:
     if number in self._readers:

@@ -23,6 +23,6 @@ def entropy(counts_xK: np.ndarray) -> np.ndarray:
   return -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
 
 
-def perplexity(tokens_NxFxQ: np.ndarray, codebook_size: int) -> np.ndarray:
-  """exp(entropy) of the codes of each level, [Q]: the number of codes in even use, between 1 and K."""
-  return np.exp(entropy(level_counts(tokens_NxFxQ, codebook_size)))
+def perplexity(counts_xK: np.ndarray) -> np.ndarray:
+  """exp(entropy) of the codes that were counted: the number of codes in even use, between 1 and K."""
+  return np.exp(entropy(counts_xK))

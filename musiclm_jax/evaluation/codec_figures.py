@@ -70,7 +70,7 @@ def _interval(values_B: np.ndarray) -> list[float]:
 def code_figures(codes_MxQ: np.ndarray, codebook_size: int) -> dict[str, Any]:
   """How evenly the codes of each level are used in M held-out frames."""
   counts_QxK = token_counts.level_counts(codes_MxQ, codebook_size)
-  perplexity_Q = np.exp(token_counts.entropy(counts_QxK))
+  perplexity_Q = token_counts.perplexity(counts_QxK)
   return {
       'codebook_size': codebook_size,
       'perplexity_frames': int(len(codes_MxQ)),

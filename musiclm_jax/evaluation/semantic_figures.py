@@ -105,11 +105,12 @@ def semantic_figures(
     raise ValueError(f'semantic evaluation: token arrays of different shapes {sorted(shapes)}; the three '
                      'tokenizers must read the same clips at the same frame rate')
   by_tokenizer = {'trained': trained_NxF, 'untrained': untrained_NxF, 'log_mel': log_mel_NxF}
+  counted = {name: token_counts.level_counts(t[..., None], codebook_size) for name, t in by_tokenizer.items()}
   figures: dict[str, Any] = {
       'clips': len(trained_NxF), 'codebook_size': codebook_size, **dict(masked or {}),
       'perplexity_share': {
-          name: float(token_counts.perplexity(t[..., None], codebook_size)[0]) / codebook_size
-          for name, t in by_tokenizer.items()},
+          name: float(token_counts.perplexity(counts_1xK)[0]) / codebook_size
+          for name, counts_1xK in counted.items()},
   }
   if clip_labels or frame_labels:
     figures['probes'] = probes.probe_figures(

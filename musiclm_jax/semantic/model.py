@@ -134,11 +134,19 @@ class Subsampling(nnx.Module):
     self.out = Linear(bands // SUBSAMPLING * channels, width, axes=('mlp', 'embed'), bias=True, rngs=rngs)
     self.norm = Norm(width, kind='layer', epsilon=1e-5)
 
-  def __call__(self, x_BxFxM: jax.Array) -> jax.Array:
-    """[B, T, D] with T = F / 4; F must be a multiple of 4."""
-    y = jax.nn.silu(self.first(x_BxFxM[..., None]))
-    y = jax.nn.silu(self.second(y))
+  def __call__(self, x_BxFxM: jax.Array, valid_BxT: jax.Array | None = None) -> jax.Array:
+    """[B, T, D] with T = F / 4; F must be a multiple of 4. What is not valid counts as the end of the sequence."""
+    y = jax.nn.silu(self.first(_kept(x_BxFxM[..., None], valid_BxT)))
+    y = jax.nn.silu(self.second(_kept(y, valid_BxT)))
     return self.norm(self.out(y.reshape(*y.shape[:2], -1)))
+
+
+def _kept(x_BxFx_: jax.Array, valid_BxT: jax.Array | None) -> jax.Array:
+  """x with zeros where it is not valid; F is a multiple of T."""
+  if valid_BxT is None:
+    return x_BxFx_
+  valid_BxF = jnp.repeat(valid_BxT, x_BxFx_.shape[1] // valid_BxT.shape[1], axis=1)
+  return jnp.where(valid_BxF.reshape(*valid_BxF.shape, *(1,) * (x_BxFx_.ndim - 2)), x_BxFx_, 0)
 
 
 class W2vBert(nnx.Module):
@@ -165,20 +173,30 @@ class W2vBert(nnx.Module):
     self.hard_usage = nnx.Variable(uniform + 0, axes=(None, 'codebook'))
     self.steps = nnx.Variable(jnp.zeros((), jnp.int32), axes=())
 
-  def features(self, audio_BxN: jax.Array) -> jax.Array:
-    """Features [B, N // 960, D] before any mask; samples beyond the last whole frame are not used."""
+  def features(self, audio_BxN: jax.Array, valid_BxT: jax.Array | None = None) -> jax.Array:
+    """Features [B, N // 960, D] before any mask; samples beyond the last whole frame are not used.
+
+    `valid` marks the frames of each clip; their features are those of the clip without what comes after it.
+    """
     length = audio_BxN.shape[1] // self.config.samples_per_frame * self.config.samples_per_frame
     if not length:
       raise ValueError(
           f'{audio_BxN.shape[1]} samples are fewer than one frame of {self.config.samples_per_frame} samples')
-    mel_BxFxM = log_mel(audio_BxN[:, :length], self.config.mel)
+    mel_BxFxM = log_mel(_kept(audio_BxN[:, :length], valid_BxT), self.config.mel)
     x = (mel_BxFxM - self.mel_mean[...]) / self.mel_deviation[...]
-    return self.subsampling(x.astype(self.input.w[...].dtype))
+    return self.subsampling(x.astype(self.input.w[...].dtype), valid_BxT)
 
-  def layer(self, audio_BxN: jax.Array, layer: int) -> jax.Array:
-    """Output [B, N // 960, D] of block `layer` (from 1) of the masked-prediction stack, nothing masked."""
-    x = self.contrastive(self.input(self.features(audio_BxN)))
-    return self.masked(x, num_layers=layer).astype(jnp.float32)
+  def layer(self, audio_BxN: jax.Array, layer: int, length_B: jax.Array | None = None) -> jax.Array:
+    """Output [B, N // 960, D] of block `layer` (from 1) of the masked-prediction stack, nothing masked.
+
+    With `length_B`, samples, the whole frames within it get what they would get from the clip alone.
+    """
+    valid_BxT = None
+    if length_B is not None:
+      size = self.config.samples_per_frame
+      valid_BxT = jnp.arange(audio_BxN.shape[1] // size) < (length_B // size)[:, None]
+    x = self.contrastive(self.input(self.features(audio_BxN, valid_BxT)), valid_BxT=valid_BxT)
+    return self.masked(x, valid_BxT=valid_BxT, num_layers=layer).astype(jnp.float32)
 
 
 def mel_statistics(audio_BxN: jax.Array, config: MelConfig) -> tuple[jax.Array, jax.Array]:

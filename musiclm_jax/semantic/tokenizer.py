@@ -39,13 +39,13 @@ class SemanticModel(nnx.Module):
   def token_spec(self) -> TokenSpec:
     return TokenSpec('semantic', codebook_size=self.codebook_size, frame_rate=self.frame_rate)
 
-  def features(self, audio_BxN: jax.Array) -> jax.Array:
+  def features(self, audio_BxN: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
     """Output [B, N // 960, D] of the chosen layer, float32, before the normalisation."""
-    return self.encoder.layer(audio_BxN, self.layer)
+    return self.encoder.layer(audio_BxN, self.layer, length_B)
 
-  def tokens(self, audio_BxN: jax.Array) -> jax.Array:
-    """Semantic tokens int32 [B, N // 960, 1] of mono audio at 24 kHz."""
-    features = jax.lax.stop_gradient(self.features(audio_BxN))
+  def tokens(self, audio_BxN: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
+    """Semantic tokens int32 [B, N // 960, 1] of mono audio at 24 kHz; those beyond `length_B` samples mean nothing."""
+    features = jax.lax.stop_gradient(self.features(audio_BxN, length_B))
     return self.quantizer.encode((features - self.mean[...]) / self.deviation[...])
 
 

@@ -49,7 +49,21 @@ def damage_header(path):
   sidecar.write_text(json.dumps(content))
 
 
+def describes(change):
+  def damage(path):
+    sidecar = path.with_name(path.name + '.json')
+    content = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(change(content) or content))
+  return damage
+
+
 DAMAGE = {
+    'seconds': (describes(lambda c: c['record_seconds'].__setitem__(0, 9.0)), 'its .json describes other records'),
+    'kinds': (describes(lambda c: c['text_kind_sets'].__setitem__(0, ['title'])), 'its .json describes other records'),
+    'other': (describes(lambda c: c['header']['lineage'].update(codec='x')), 'its .json says that it belongs to an'),
+    'a list': (describes(lambda c: [c]), 'its .json is damaged'),
+    'no entry': (describes(lambda c: c.pop('shard') and None), 'its .json is damaged'),
+    'no json': (lambda path: path.with_name(path.name + '.json').unlink(), 'its .json is missing'),
     'cut': (lambda path: path.write_bytes(path.read_bytes()[:-9]), r'has \d+ bytes and should have \d+'),
     'gone': (lambda path: path.unlink(), 'is missing'),
     'disagrees': (damage_header, r'its .json says 5 records .* the manifest 4'),
@@ -88,6 +102,16 @@ def test_any_flipped_byte_is_found(token_set):
 
 def test_a_record_that_is_there_twice_is_found(tmp_path):
   records.write_records(tmp_path, {'train': [example(0), example(1)], 'test': [example(1)]}, HEADER)
-  [fault] = inspection.inspect(tmp_path, workers=1).faults
-  assert fault.file.startswith('train')
-  assert fault.problem == 'record 1 is also record 0 of test-00000-of-00001.arrayrecord'
+  found = inspection.inspect(tmp_path, workers=1)
+  assert found.faults == ()  # the files are what they should be: making them again would not help
+  assert found.repeated == ('record 1 of train-00000-of-00001.arrayrecord is also record 0 of '
+                            'test-00000-of-00001.arrayrecord',)
+  assert '1 records are there more than once' in found.advice(deleted=False)
+  found.delete_damaged()
+  assert records.shard_done(tmp_path, 'train', 0, 1, HEADER)
+
+
+def test_records_without_a_name_are_no_repetitions(tmp_path):
+  nameless = [{k: v for k, v in example(i).items() if k not in ('recording', 'start')} for i in range(3)]
+  records.write_records(tmp_path, {'train': nameless}, HEADER)
+  assert inspection.inspect(tmp_path, workers=1).advice(deleted=False) == ''

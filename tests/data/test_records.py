@@ -275,6 +275,31 @@ def test_differences_are_seen_in_finished_and_unfinished_sets(audio_set, tmp_pat
   assert records.difference(unfinished, AUDIO) == ('kind', 'tokens', 'audio')
 
 
+def test_a_write_that_dies_leaves_the_shard_that_was_there(audio_set):
+  def broken():
+    yield clip(1)
+    raise RuntimeError('no more')
+  before = {p.name: p.read_bytes() for p in audio_set.iterdir()}
+  with pytest.raises(RuntimeError, match='no more'):
+    records.write_shard(audio_set, 'train', 1, 3, broken(), AUDIO)
+  assert {p.name: p.read_bytes() for p in audio_set.iterdir()} == before
+
+
+def test_a_rewriting_that_dies_is_an_unfinished_set_that_can_be_finished(audio_set):
+  count = iter(range(99))
+  def keep(index, example):
+    if next(count) == 6:
+      raise RuntimeError('no more')
+    return index != 0
+  with pytest.raises(RuntimeError, match='no more'):
+    records.rewrite(audio_set, 'train', keep, 'not wanted')
+  with pytest.raises(FileNotFoundError, match='run the command that makes it again'):
+    records.RecordSet(audio_set, 'train')
+  assert records.difference(audio_set, AUDIO) is None
+  made = records.finish(audio_set, AUDIO, {'train': 3, 'test': 1})
+  assert made.records('train') == 10 and made.skipped == {'not wanted': {'count': 1, 'files': []}}
+
+
 def test_who_made_a_set_is_kept_and_does_not_change_it(tmp_path):
   fingerprints = []
   for name, made in (('a', [{'code': 'one'}, {'code': 'one'}]), ('b', [{'code': 'one'}, {'code': 'two'}])):

@@ -7,7 +7,7 @@ from musiclm_jax.data import token_counts
 
 def test_perplexity_of_even_and_of_collapsed_codes():
   tokens = np.stack([np.arange(800) % 8, np.zeros(800, int)], axis=-1)[None]
-  np.testing.assert_allclose(token_counts.perplexity(tokens, 8), [8, 1])
+  np.testing.assert_allclose(token_counts.perplexity(token_counts.level_counts(tokens, 8)), [8, 1])
 
 
 def test_counts_of_shards_add_up_and_codes_that_do_not_exist_are_refused():

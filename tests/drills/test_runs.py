@@ -80,7 +80,7 @@ def test_the_lock_is_given_back_and_names_its_owner(tmp_path):
     pass
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_the_same_run_twice_is_the_same_and_reproduce_says_so(environment, tokens, tmp_path):
   """Drill 14, and the manifest of a run: `musiclm reproduce` repeats it from what its checkpoint says."""
   finish(command(STAGE, tokens, tmp_path / 'one', 6), environment)
@@ -119,16 +119,15 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step(environment, tokens,
   finish(command(STAGE, tokens, folder, 6), environment)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_fewer_clips_than_a_batch_and_an_empty_split(environment, tmp_path):
   """Drill 12."""
   few = write_tokens(tmp_path / 'few', clips=3)
-  begun = time.monotonic()
   assert '3 usable clips, batch 8' in refused(command('coarse_lm', few, tmp_path / 'a', 2), environment)
   header = records.read_manifest(few).header
   records.write_records(tmp_path / 'none', {'train': [], 'test': []}, header)
   assert 'has no records' in refused(command('coarse_lm', tmp_path / 'none', tmp_path / 'b', 2), environment)
-  assert time.monotonic() - begun < 60 and not (tmp_path / 'a' / 'metrics.jsonl').exists()
+  assert not (tmp_path / 'a' / 'metrics.jsonl').exists()
 
 
 @pytest.mark.slow
