@@ -110,7 +110,7 @@ def train(args: argparse.Namespace) -> None:
     # Clusters that JAX knows (SLURM, GKE, TPU VMs) need neither; a hand-made one names its size and its place.
     importlib.import_module('jax').distributed.initialize(**_cluster(
         num_processes='JAX_NUM_PROCESSES', process_id='JAX_PROCESS_ID',
-        heartbeat_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS'))
+        heartbeat_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS', shutdown_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS'))
   if not args.workdir and not experiment.bound('workdir'):
     raise UsageError('--workdir is needed: where this run keeps its checkpoints and metrics')
   workdir = args.workdir or experiment.argument('workdir')
@@ -417,7 +417,7 @@ def _explain(error: BaseException) -> tuple[int, str, bool]:
   kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: their modules may not be importable
   if 'ConfigError' in kinds:
     return USAGE_ERROR, text, True
-  if kinds & {'StepFailed', 'NonFiniteLoss', 'ReplicasDiffer', 'SaveFailed', 'WorkerLost'}:
+  if kinds & {'StepFailed', 'NonFiniteLoss', 'NonFinite', 'ReplicasDiffer', 'SaveFailed', 'WorkerLost'}:
     return FAILURE, text, True
   if 'Stopped' in kinds:
     return error.exit_code, text, True

@@ -7,6 +7,7 @@ marker and is skipped the next time; one that was interrupted resumes from its c
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -18,10 +19,12 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from typing import Any
 
 from musiclm_jax.evaluate import BASELINES, PAIRS, RECORDS, TOKENS
 
+_GRACE_SECONDS = 120.0  # for steps to save what they have, when the quickstart is stopped
 _REPORT_SECONDS = 10.0  # a step shows its progress at most this often
 # XLA on CPU takes and gives back large buffers in every step. With huge pages, and without returning them to the
 # system each time, steps are 1.3 to 1.5 times as fast (glibc 2.35 and newer; others ignore it).
@@ -131,14 +134,22 @@ class _Scheduler:
   def run(self) -> None:
     for name in (s.name for s in self.steps if s.name in self.done):
       print(f'{name}: done before', flush=True)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupted) if main else None
     try:
       while len(self.done) < len(self.steps):
         self._start_ready()
         self._collect()
         time.sleep(0.1)
     finally:
-      for process, _, _ in self.running.values():
+      running = [process for process, _, _ in self.running.values()]
+      for process in running:
         process.terminate()
+      for process in running:  # they save the step at hand, and would be killed when this process ends
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          process.wait(_GRACE_SECONDS)
+      if main:
+        signal.signal(signal.SIGTERM, before)
 
   def _start_ready(self) -> None:
     ready = [s for s in self.steps if s.name not in self.done and s.name not in self.running
@@ -197,6 +208,10 @@ class _Scheduler:
     code = 'import sys; from musiclm_jax.evaluate import write_round_trips; write_round_trips(sys.argv[1])'
     subprocess.run([sys.executable, '-c', code, str(self.root)], check=False, capture_output=True)
     print(f'first sound: {self.root / "samples"} (clips, and what the codec makes of them)', flush=True)
+
+
+def _interrupted(number: int, frame: types.FrameType | None) -> None:
+  raise KeyboardInterrupt
 
 
 def _processors() -> set[int]:

@@ -20,14 +20,14 @@ from musiclm_jax.objective import Fit, Objective
 from musiclm_jax.training import accumulate, checkpoint, integrity, metrics, optimizer as optimizers, state as states
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton, TrainState
-from musiclm_jax.training.workdir import Interruption, make_writable, owned, Stopped
+from musiclm_jax.training.workdir import all_or_none, Interruption, make_writable, owned, Stopped
 
 Batches = Callable[..., dict[str, np.ndarray]]  # (step, process_index, process_count) -> this process's rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-  """How often things happen, in steps; 0 is never.
+  """How often things happen, in steps; 0 is at the end only.
 
   Attributes:
     keep: checkpoints kept. chance_after: steps until a loss at its chance level raises the alarm.
@@ -97,14 +97,12 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   if dry_run:
     print(run.describe(batches, num_steps))
     return None
-  lineage = dict(getattr(getattr(batches, 'corpus', None), 'lineage', {}))
-  if run.donor is not None:
-    lineage[init_from.into or 'init'] = run.donor.content_hash
+  lineage = {**getattr(getattr(batches, 'corpus', None), 'lineage', {}), **run.donor_lineage()}
   last = num_steps if stop_after is None else min(num_steps, stop_after)
-  with run.begun(batches, lineage, configuration, keep=cadence.keep) as checkpoints, Interruption() as interruption:
+  with Interruption() as interruption, run.begun(batches, lineage, configuration, keep=cadence.keep) as checkpoints:
     state = run.restore_or_create(checkpoints, batches)
     state = _loop(run, state, batches, eval_batches, checkpoints, cadence, last, num_steps, interruption)
-    checkpoints.save(state)
+    run.save(state, checkpoints)
   if int(state.step) < last:
     raise Stopped(interruption.signal, int(state.step))
   return state
@@ -136,22 +134,45 @@ class _Run:
     """The other run that parameters are taken over from."""
     return None if self.init_from is None else checkpoint.load(self.init_from.workdir)
 
+  def donor_lineage(self) -> dict[str, str]:
+    """Which other run the parameters came from. What that run has done since does not concern one that has begun."""
+    if self.init_from is None:
+      return {}
+    role = self.init_from.into or 'init'
+    if checkpoint.latest_step(self.workdir) is not None:
+      there = checkpoint.read_about(self.workdir)['lineage']
+      return {role: there[role]} if role in there else {}
+    return {role: self.donor.content_hash}
+
+  def save(self, state: TrainState, checkpoints: checkpoint.Checkpoints) -> None:
+    """Saves a state that is fit to be saved: finite, and the same on all devices that hold copies."""
+    used = {'params': state.params, 'buffers': state.buffers, 'ema': state.ema}
+    integrity.check_finite(used, int(state.step))
+    integrity.check_replicas(used, int(state.step), self.workdir)
+    checkpoints.save(state)
+
   @contextlib.contextmanager
   def begun(self, batches: Batches, lineage: dict[str, str], configuration: str, **options: Any
             ) -> Iterator[checkpoint.Checkpoints]:
     """The workdir taken into possession, the mesh set, and the checkpoints, whose last save is whole at the end."""
-    make_writable(self.workdir)
     with contextlib.ExitStack() as stack:
-      if jax.process_index() == 0:
-        stack.enter_context(owned(self.workdir))
-        if configuration:
-          pathlib.Path(self.workdir, 'config.gin').write_text(configuration)
+      problem = None
+      try:
+        make_writable(self.workdir)
+        if jax.process_index() == 0:
+          stack.enter_context(owned(self.workdir))
+      except ValueError as error:
+        problem = error
+      # Without this the others would wait for a process that has given up.
+      if not all_or_none(problem is None):
+        raise problem or ValueError(f'another process of this run cannot use {self.workdir}; its own message says why')
       made_with = provenance.made_with(
           configuration=configuration, data=getattr(batches, 'fingerprint', ''), seed=self.seed)
       checkpoints = stack.enter_context(checkpoint.Checkpoints(
           self.workdir, self.objective, lineage=lineage, made_with=made_with, **options))
       stack.enter_context(jax.set_mesh(self.partitioner.mesh))
       stack.enter_context(axes.constraining(self.partitioner.constrain))
+      self.configuration = configuration
       yield checkpoints
 
   def check(self, batches: Batches, microbatches: int) -> None:
@@ -189,6 +210,10 @@ class _Run:
     if state is None:
       state = self._created(batches)
     self.__dict__.pop('donor', None)  # what was taken from it is a copy: the rest need not stay in memory
+    if self.configuration and jax.process_index() == 0:  # not before: a run that is refused leaves the file as it was
+      partial = pathlib.Path(self.workdir, 'config.gin.partial')
+      partial.write_text(self.configuration)
+      partial.replace(partial.with_suffix(''))
     return state
 
   def _restored(self, checkpoints: checkpoint.Checkpoints) -> TrainState | None:
@@ -214,7 +239,7 @@ class _Run:
     if loaded.buffers:
       buffers = checkpoint.graft(buffers, loaded.buffers, part=source.part, into=source.into)
     taken = dataclasses.replace(state, params=params, buffers=buffers, ema=params if state.ema else {})
-    return jax.tree.map(lambda x, s: jnp.copy(jax.device_put(x, s)), taken, self.shardings)
+    return jax.tree.map(_laid_out, taken, self.shardings)
 
   def _data_dependent_start(self, state: TrainState, batches: Batches) -> TrainState:
     """Variables from the first batch (codebooks by k-means)."""
@@ -224,13 +249,21 @@ class _Run:
     return start(state, batch, jax.random.fold_in(self.init_key, 1))
 
 
+def _laid_out(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+  """A copy with this layout. What comes from another run lies on one device of each process."""
+  if x.sharding.is_equivalent_to(sharding, x.ndim):
+    return jnp.copy(x)
+  host = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: host[index])
+
+
 def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches | None,
           checkpoints: checkpoint.Checkpoints, cadence: Cadence, last: int, num_steps: int,
           interruption: Interruption) -> TrainState:
   first = int(state.step)
+  writer = metrics.MetricsWriter(run.workdir, first)
   if first >= last:
     return state
-  writer = metrics.MetricsWriter(run.workdir, first)
   alarm = metrics.ChanceAlarm(cadence.chance_after)
   progress = metrics.Progress(pathlib.Path(run.workdir).name, first, last)
   feed = Prefetch(batches, first, last - first, process_index=jax.process_index(), process_count=jax.process_count(),
@@ -266,12 +299,12 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
       done = step + 1
       settle()
       pending = (done, values)
-      if every(done, cadence.checkpoint_every) and done < last:
-        settle()  # a state is saved only after its loss was seen to be finite
-        integrity.check_replicas({'params': state.params, 'buffers': state.buffers}, done, run.workdir)
-        checkpoints.save(state)
+      # All lines of a step are written before it is saved: a run that goes on from there has them.
       if eval_batches is not None and (every(done, cadence.eval_every) or done == last):
         writer.write(done, held_out(run, state, eval_batches, cadence.eval_batches), part='eval')
+      if every(done, cadence.checkpoint_every) and done < last:
+        settle()
+        run.save(state, checkpoints)
       if interruption.asked(done):
         break
     settle()
@@ -311,13 +344,15 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
   Each pass over the features is a step; every `save_every` of them are saved, and an interrupted fit continues from
   there.
   """
+  if jax.process_count() > 1:
+    raise ValueError('a fit runs in one process, on all of its devices: start it once, without --distributed')
   run = _Run(objective, optimizers.Adam(0.0), workdir, partitioner, Precision(), init_from, seed)
   passes = sum(iterations for _, iterations in objective.phases())
   if dry_run:
     print(run.describe(batches, passes))
     return None
   lineage = {init_from.into: run.donor.content_hash}
-  with run.begun(batches, lineage, configuration) as checkpoints, Interruption() as interruption:
+  with Interruption() as interruption, run.begun(batches, lineage, configuration) as checkpoints:
     state = run.restore_or_create(checkpoints, batches)
     if int(state.step) < passes:
       rows = accumulate.gather_features(
@@ -330,6 +365,7 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
         writer.write(done, metrics.scalars(jax.device_get(values)), part=phase)
         stop = interruption.asked(done) and done < passes
         if done % save_every == 0 or done == passes or stop:
+          integrity.check_finite(state.buffers, done)
           checkpoints.save(state)
         if stop:
           break

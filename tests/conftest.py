@@ -17,4 +17,4 @@ def pytest_runtest_setup(item):
   """Tests that would begin after $TESTS_UNTIL (seconds since 1970) are skipped: `.ci/run` has an end on any machine."""
   del item
   if time.time() > float(os.environ.get('TESTS_UNTIL', 'inf')):
-    pytest.skip('no time left; launch/test.sh --slow runs all')
+    pytest.skip('no time left')

@@ -7,6 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 import functools
 import multiprocessing
 import os
+import signal
 from typing import Any
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
@@ -71,6 +72,7 @@ _context: tuple[Any, ...] = ()  # of a worker process
 def keep_context(*context: Any) -> None:
   """Initializes a worker process."""
   global _context
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent decides what ends when
   _context = context
 
 

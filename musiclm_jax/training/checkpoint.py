@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 from absl import logging
@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from musiclm_jax import specs
 from musiclm_jax.objective import Objective
-from musiclm_jax.training import integrity
+from musiclm_jax.training import integrity, workdir as workdirs
 from musiclm_jax.training.state import Skeleton, TrainState
 
 _MARKER = '_CHECKPOINT_METADATA'  # what Orbax writes into a step when the rest of it is there
@@ -42,8 +42,9 @@ class SaveFailed(RuntimeError):
 class Checkpoints:
   """The checkpoints of one run. `save`, `check`, and the end of the `with` block raise `SaveFailed`.
 
-  Raises ValueError from `restore` where the newest checkpoint is of another architecture, naming the first
-  field that differs. A checkpoint that cannot be read is set aside with a warning and the one before is used.
+  Raises ValueError from `restore` where the newest checkpoint is of another architecture or optimizer, naming the
+  first thing that differs, and where there are checkpoints of which none can be read. One that cannot be read is set
+  aside with a warning where one before it can.
   """
 
   def __init__(self, workdir: str | os.PathLike, objective: Objective, *, keep: int = 2,
@@ -81,40 +82,55 @@ class Checkpoints:
 
   def restore(self, abstract: TrainState) -> TrainState | None:
     """The newest readable state, laid out as `abstract` says (shapes with shardings); None for a fresh run."""
+    unreadable: dict[int, str] = {}
+    restored = None
     for step in sorted(self._manager.all_steps(), reverse=True):
-      about = _read_about(self._directory, step)
-      if about is not None:
-        _check_same(about, self._objective, self._lineage, self._directory / str(step))
       try:
-        if step not in _whole_steps(self._directory):
-          raise ValueError(f'its marker {_MARKER} is missing')
-        if about is None:
-          raise ValueError('its specs.json cannot be read')
-        args = {name: ocp.args.StandardRestore(tree) for name, field in _ITEMS.items()
-                if jax.tree.leaves(tree := getattr(abstract, field))}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        for name in args:
-          _check_whole(about, name, restored[name])
-      except Exception as error:  # Orbax raises many kinds for a torn directory; the cause is logged
-        self._set_aside(step, error)
-        continue
-      trees = {field: restored[name] if name in args else {} for name, field in _ITEMS.items()}
-      counter = jax.device_put(np.int32(step), abstract.step.sharding)
-      return TrainState(step=counter, **trees)
-    return None
+        restored, cause = self._read(step, abstract), ''
+      except _OtherRun:
+        raise
+      except Exception as error:  # Orbax raises many kinds for a torn directory
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:200]
+      if workdirs.all_or_none(not cause):
+        break
+      restored, unreadable[step] = None, cause or 'another process cannot read it'
+    torn = [step for step in unreadable if step not in _whole_steps(self._directory)]
+    if restored is None and len(unreadable) > len(torn):
+      step, cause = next((s, c) for s, c in unreadable.items() if s not in torn)
+      raise ValueError(f'no checkpoint under {self._directory} can be read; of step {step}: {cause}. Put that right, '
+                       'or choose another workdir to begin anew')
+    self._set_aside(unreadable)
+    return restored
 
-  def _set_aside(self, step: int, error: Exception) -> None:
-    """Moves an unreadable step away, so that a later save of the same step is not taken for done."""
+  def _read(self, step: int, abstract: TrainState) -> TrainState:
+    about = _read_about(self._directory, step)
+    if about is not None:
+      _check_same(about, self._objective, self._lineage, abstract, self._directory / str(step))
+    if step not in _whole_steps(self._directory):
+      raise ValueError(f'its marker {_MARKER} is missing')
+    if about is None:
+      raise ValueError('its specs.json cannot be read')
+    args = {name: ocp.args.StandardRestore(tree) for name, field in _ITEMS.items()
+            if jax.tree.leaves(tree := getattr(abstract, field))}
+    restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+    for name in args:
+      _check_whole(about, name, restored[name])
+    trees = {field: restored[name] if name in args else {} for name, field in _ITEMS.items()}
+    return TrainState(step=jax.device_put(np.int32(step), abstract.step.sharding), **trees)
+
+  def _set_aside(self, unreadable: Mapping[int, str]) -> None:
+    """Moves steps away, so that a later save of the same step is not taken for done."""
     target = self._directory.parent / 'checkpoints_unreadable'
-    target.mkdir(exist_ok=True)
-    cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-    logging.warning('checkpoint %d under %s cannot be read (%s); it is moved to %s and the one before it is used',
-                    step, self._directory, cause[:200], target)
-    place = target / str(step)
-    if place.exists():
-      shutil.rmtree(place)
-    (self._directory / str(step)).rename(place)
-    self._manager.reload()
+    for step, cause in unreadable.items():
+      logging.warning('checkpoint %d under %s cannot be read (%s); it is moved to %s and the one before it is used',
+                      step, self._directory, cause, target)
+      if jax.process_index() == 0:
+        target.mkdir(exist_ok=True)
+        place = next(p for n in itertools.count() if not (p := target / (f'{step}.{n}' if n else str(step))).exists())
+        (self._directory / str(step)).rename(place)
+    workdirs.all_or_none(True)  # no process lists the steps before they are gone
+    if unreadable:
+      self._manager.reload()
 
   def check(self) -> None:
     """Raises what has gone wrong with the save in flight, without waiting for it."""
@@ -191,22 +207,35 @@ def _check_whole(about: dict[str, Any], item: str, tree: Any) -> None:
       raise ValueError(f'{item}/{name} is not what was saved: its checksum differs')
 
 
-def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[str, str], where: pathlib.Path) -> None:
+class _OtherRun(ValueError):
+  """A checkpoint of something else: no fault of the checkpoint's."""
+
+
+def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[str, str], abstract: TrainState,
+                where: pathlib.Path) -> None:
   """Refuses a checkpoint of another model or of other tokens. Fields that only shape the loss may change."""
   for role, there in about['lineage'].items():
     if (here := lineage.get(role, there)) != there:
-      raise ValueError(f'{where} was trained with {role} {there}, but this run has {role} {here}; '
+      raise _OtherRun(f'{where} was trained with {role} {there}, but this run has {role} {here}; '
                        'choose another workdir')
   saved = specs.from_json(json.dumps(about['objective']))
   if type(saved) is not type(objective):
-    raise ValueError(f'{where} holds a {type(saved).__name__}, but this experiment is a {type(objective).__name__}; '
+    raise _OtherRun(f'{where} holds a {type(saved).__name__}, but this experiment is a {type(objective).__name__}; '
                      'choose another workdir')
-  there, here = (nnx.to_pure_dict(Skeleton.of(o).params) for o in (saved, objective))
-  shapes = lambda tree: {jax.tree_util.keystr(k): v.shape for k, v in jax.tree_util.tree_leaves_with_path(tree)}
-  if shapes(there) != shapes(here):
+  skeletons = [Skeleton.of(o) for o in (saved, objective)]
+  shapes = [{jax.tree_util.keystr(k): v.shape for tree in (s.params, s.buffers)
+             for k, v in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(tree))} for s in skeletons]
+  if shapes[0] != shapes[1]:
     difference = specs.first_difference(saved, objective) or 'the network itself has changed'
-    raise ValueError(f'{where} is a checkpoint of another architecture: {difference} (checkpoint != experiment); '
-                     'choose another workdir or the old configuration')
+    raise _OtherRun(f'{where} is a checkpoint of another architecture: {difference} (checkpoint != experiment); '
+                    'choose another workdir or the old configuration')
+  for item, field in _ITEMS.items():
+    there = set(about['checksums'][item])
+    here = {integrity.name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(getattr(abstract, field))}
+    if there != here:
+      kind = 'moving average of the parameters' if item == 'ema' else item
+      raise _OtherRun(f'{where} has another {kind} than this experiment ({len(there)} arrays, here {len(here)}; the '
+                      f'first that differs is {min(there ^ here)}); choose another workdir or the old configuration')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,10 @@ import numpy as np
 _FILE = 'replicas_differ.json'
 
 
+class NonFinite(RuntimeError):
+  """A parameter is not a finite number."""
+
+
 class ReplicasDiffer(RuntimeError):
   """Two devices hold different values of what must be the same."""
 
@@ -45,11 +49,35 @@ def _checksum(x: jax.Array) -> jax.Array:
   return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
 
 
+def name_of(path: Any) -> str:
+  """A path in a tree as text."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
 def checksums(tree: Any) -> dict[str, int]:
   """A checksum of each array by its path, computed where the arrays are."""
-  pending = [(jax.tree_util.keystr(path, simple=True, separator='/'), _checksum(leaf))
-             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+  pending = [(name_of(path), _checksum(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
   return {name: int(value) for name, value in pending}
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> jax.Array:
+  return jnp.stack([jnp.isfinite(x).all() for x in leaves])
+
+
+def check_finite(tree: Any, step: int) -> None:
+  """Raises `NonFinite` naming the first array with an entry that is no number.
+
+  The loss of a step is that of the parameters before it: it does not see what the step itself has spoilt.
+  """
+  entries = [(path, x) for path, x in jax.tree_util.tree_leaves_with_path(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  if not entries:
+    return
+  finite = np.asarray(_finite([x for _, x in entries]))
+  if not finite.all():
+    name = name_of(entries[int(np.argmin(finite))][0])
+    raise NonFinite(f'{name} is not finite after step {step}, though the loss of that step was; nothing of it was '
+                    'saved. Lower the learning rate, and run the same command again to go on from the last checkpoint')
 
 
 @functools.lru_cache(maxsize=4)
@@ -80,7 +108,7 @@ def check_replicas(tree: Any, step: int, workdir: str | os.PathLike) -> None:
     for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
       groups.setdefault(str(index), {})[device] = int(rows[device][number])
     for copies in groups.values():
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = name_of(path)
       if suspect and suspect['parameter'] == name:
         _confirm(suspect, set(copies.values()))
       if len(set(copies.values())) > 1:

@@ -138,6 +138,11 @@ class Partitioner:
     parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
     if batch_size % parts:
       raise ValueError(f'batch {batch_size} is not a multiple of data x fsdp = {parts}; choose a multiple of {parts}')
+    # Rows are dealt to processes: those of one part of the batch must all lie with one of them.
+    process = np.vectorize(lambda device: device.process_index, otypes=[int])(self.mesh.devices).reshape(parts, -1)
+    if (process != process[:, :1]).any():
+      raise ValueError(f'the {process.shape[1]} devices of tensor x sequence share the rows of a batch and must belong '
+                       'to one process: start one process for several devices, or choose smaller mesh axes')
 
   def global_batch(self, local: dict[str, np.ndarray]) -> dict[str, Any]:
     """This process's rows as its part of one global array, split over data and fsdp."""

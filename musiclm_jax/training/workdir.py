@@ -9,12 +9,14 @@ import os
 import pathlib
 import signal
 import socket
+import tempfile
 import threading
 import types
 
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 _LOCK = '.lock'
 
@@ -37,11 +39,16 @@ def make_writable(workdir: str | os.PathLike) -> None:
   path = pathlib.Path(workdir)
   try:
     path.mkdir(parents=True, exist_ok=True)
-    probe = path / f'.writable_{os.getpid()}'
-    probe.touch()
-    probe.unlink()
+    tempfile.NamedTemporaryFile(dir=path, prefix='.writable_').close()
   except OSError as error:
     raise ValueError(f'cannot write to the workdir {workdir}: {error.strerror}; name another one') from error
+
+
+def all_or_none(fine: bool) -> bool:
+  """Whether all processes of this run are fine. Each must ask, or the others wait for it."""
+  if jax.process_count() == 1:
+    return fine
+  return bool(multihost_utils.process_allgather(np.array(fine)).all())
 
 
 @contextlib.contextmanager
@@ -77,7 +84,8 @@ def _owner(text: str) -> str:
 class Interruption:
   """Notes SIGTERM and the first Ctrl-C, so that a loop can end after the step at hand; a second Ctrl-C ends at once.
 
-  Of many processes all must end after the same step: there JAX takes the signal and spreads the news.
+  Of many processes all must end after the same step: there JAX takes SIGTERM and spreads the news, and Ctrl-C is made
+  one.
 
   Attributes:
     signal: the number of what came, 0 while nothing did.
@@ -89,9 +97,12 @@ class Interruption:
 
   def __enter__(self) -> Interruption:
     # Only the main thread may; with `jax.distributed` SIGTERM has a handler that this would replace.
-    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, self._note)
+    if threading.current_thread() is threading.main_thread():
+      if jax.process_count() == 1:
+        handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+      else:
+        handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+      self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     return self
 
   def __exit__(self, *exception: object) -> None:

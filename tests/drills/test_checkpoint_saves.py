@@ -1,4 +1,5 @@
 """A save that is cut off at any call leaves the step before it, whole; a save that fails ends the run and says why."""
+import dataclasses
 import errno
 import json
 import os
@@ -68,6 +69,10 @@ def array_files(folder, step):
   return sorted(files, key=lambda p: -p.stat().st_size)
 
 
+def array_name(whole, folder, step):
+  return folder / array_files(whole, step)[0].relative_to(whole)
+
+
 def restored(folder):
   with checkpoint.Checkpoints(folder, saver.OBJECTIVE, keep=2) as checkpoints:
     return int(checkpoints.restore(saver.abstract()).step)
@@ -92,11 +97,49 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(two_steps,
     (step / '_CHECKPOINT_METADATA').unlink()
   else:
     (step / 'about' / 'specs.json').write_text('{')
-  if damage != 'marker':  # without the marker the step does not exist
-    with pytest.raises(Exception, match='2'):
+  if damage in ('flip', 'specs'):
+    with pytest.raises(Exception, match='checksum|specs.json'):
       checkpoint.load(folder, 2)
   assert restored(folder) == 1
-  assert not step.exists() or damage == 'marker'
+  assert not step.exists() and (folder / 'checkpoints_unreadable' / '2').is_dir()
+  assert restored(folder) == 1
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_begun_anew(two_steps, tmp_path):
+  """A fault of the disk or of the memory must not cost the run: nothing is moved, and nothing trained over it."""
+  folder = tmp_path / 'run'
+  shutil.copytree(two_steps, folder)
+  for step in (1, 2):
+    victim = array_files(folder, step)[0]
+    victim.rename(victim.with_name('lost'))
+  with pytest.raises(ValueError, match='no checkpoint under .* can be read; of step 2: '):
+    restored(folder)
+  for step in (1, 2):
+    lost = next((folder / 'checkpoints' / str(step)).rglob('lost'))
+    shutil.copy(lost, array_name(two_steps, folder, step))
+  assert restored(folder) == 2
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda a: dataclasses.replace(a, ema=a.params), 'another moving average of the parameters than this experiment'),
+    (lambda a: dataclasses.replace(a, opt_state={'count': a.step, 'more': a.step}),
+     r'another optimizer than this experiment \(1 arrays, here 2; the first that differs is more\)')])
+def test_a_checkpoint_of_another_optimizer_is_refused_and_stays(two_steps, tmp_path, change, message):
+  folder = tmp_path / 'run'
+  shutil.copytree(two_steps, folder)
+  with checkpoint.Checkpoints(folder, saver.OBJECTIVE, keep=2) as checkpoints:
+    with pytest.raises(ValueError, match=message):
+      checkpoints.restore(change(saver.abstract()))
+  assert restored(folder) == 2
+
+
+def test_a_step_that_was_set_aside_is_never_overwritten(two_steps, tmp_path):
+  folder = tmp_path / 'run'
+  for _ in range(2):
+    shutil.copytree(two_steps / 'checkpoints', folder / 'checkpoints', dirs_exist_ok=True)
+    (folder / 'checkpoints' / '2' / 'about' / 'specs.json').write_text('{')
+    assert restored(folder) == 1
+  assert sorted(p.name for p in (folder / 'checkpoints_unreadable').iterdir()) == ['2', '2.1']
 
 
 def test_no_flipped_byte_of_an_array_is_loaded_in_silence(two_steps, tmp_path):

@@ -18,7 +18,7 @@ def pair(arguments, environment, **more):
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
   cluster = {**environment, 'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2',
-             'MUSICLM_HEARTBEAT_SECONDS': '10', **more}
+             **more}
   return [subprocess.Popen([*arguments, '--distributed'], env={**cluster, 'JAX_PROCESS_ID': str(i)},
                            stderr=subprocess.PIPE, text=True) for i in range(2)]
 
@@ -27,11 +27,13 @@ def pair(arguments, environment, **more):
 @pytest.mark.parametrize('victim', [1, 0])
 def test_a_process_that_hangs_is_named_within_a_bound(environment, tokens, tmp_path, victim):
   """Drill 10."""
-  processes = pair(command('fine_lm', tokens, tmp_path / 'run', 100_000), environment)
+  processes = pair(command('fine_lm', tokens, tmp_path / 'run', 100_000), environment, MUSICLM_HEARTBEAT_SECONDS='10')
   try:
     deadline = time.monotonic() + 900
     while _steps_logged(tmp_path / 'run') < 3 and time.monotonic() < deadline:
+      assert all(p.poll() is None for p in processes), processes[0].stderr.read()[-3000:]
       time.sleep(0.05)
+    assert _steps_logged(tmp_path / 'run') >= 3
     processes[victim].send_signal(signal.SIGSTOP)
     begun = time.monotonic()
     _, errors = processes[1 - victim].communicate(timeout=900)

@@ -102,7 +102,19 @@ def test_a_checkpoint_of_another_network_is_refused_before_any_step(environment,
   finish(command(STAGE, tokens, tmp_path / 'run', 2), environment)
   line = refused(command(STAGE, tokens, tmp_path / 'run', 4, LM_MLP_WIDTH=48), environment)
   assert 'is a checkpoint of another architecture: ' in line and 'mlp_width' in line and '48' in line
-  assert _steps_logged(tmp_path / 'run') == 2
+  line = refused(command(STAGE, tokens, tmp_path / 'run', 4, EMA_DECAY=0.9), environment)
+  assert 'has another moving average of the parameters than this experiment' in line
+  assert _steps_logged(tmp_path / 'run') == checkpoint.latest_step(tmp_path / 'run') == 2
+  assert 'EMA_DECAY' not in (tmp_path / 'run' / 'config.gin').read_text().replace('EMA_DECAY = 0.0', '')
+
+
+@pytest.mark.slow
+def test_a_codebook_of_another_size_is_another_network(environment, tmp_path):
+  """Drill 8, for what no gradient trains."""
+  finish(command('codec', None, tmp_path / 'run', 1), environment)
+  line = refused(command('codec', None, tmp_path / 'run', 2, ACOUSTIC_CODES=8), environment)
+  assert 'is a checkpoint of another architecture: ' in line and 'codebook_size' in line
+  finish(command('codec', None, tmp_path / 'run', 2), environment)
 
 
 @pytest.mark.slow

@@ -1,3 +1,5 @@
+import types
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -46,6 +48,20 @@ def test_a_size_that_does_not_divide_is_named(mesh, changes, words):
 def test_a_batch_that_does_not_divide_is_named():
   with pytest.raises(ValueError, match='batch 6 is not a multiple of data x fsdp = 4'):
     Partitioner(data=2, fsdp=2).check_batch(6)
+
+
+@pytest.mark.parametrize('processes, fits', [
+    ([0, 0, 0, 0, 1, 1, 1, 1], True), ([0, 0, 1, 1, 2, 2, 3, 3], True), ([0, 1, 2, 3, 4, 5, 6, 7], False),
+    ([0, 0, 0, 1, 1, 1, 2, 2], False)])
+def test_rows_of_a_batch_belong_to_one_process(processes, fits):
+  made = Partitioner(data=2, fsdp=2, tensor=2)
+  devices = np.array([types.SimpleNamespace(process_index=i) for i in processes]).reshape(2, 2, 2, 1)
+  made.__dict__['mesh'] = types.SimpleNamespace(shape={'data': 2, 'fsdp': 2}, devices=devices)
+  if fits:
+    made.check_batch(8)
+  else:
+    with pytest.raises(ValueError, match='the 2 devices of tensor x sequence .* must belong to one process'):
+      made.check_batch(8)
 
 
 def test_a_mesh_larger_than_the_machine_is_refused():

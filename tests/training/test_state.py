@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from musiclm_jax.training import optimizer as optimizers
+from musiclm_jax.training import integrity, optimizer as optimizers
 from musiclm_jax.training import state as states
 from musiclm_jax.training.optimizer import Adam
 from musiclm_jax.training.state import Skeleton
@@ -116,3 +116,13 @@ def test_two_runs_of_a_step_are_equal_and_steps_differ():
   objective = dataclasses.replace(Regression())
   a, b = one_step(objective)[1], one_step(objective)[1]
   jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_parameters_that_are_no_numbers_are_named():
+  tree = {'params': {'w': jnp.ones((3, 2)), 'count': jnp.array([1, 2])}, 'ema': {}}
+  integrity.check_finite(tree, 7)
+  integrity.check_finite({'ema': {}}, 7)
+  for value in (jnp.nan, jnp.inf):
+    spoilt = {**tree, 'buffers': {'mean': jnp.array([0.0, value], jnp.bfloat16)}}
+    with pytest.raises(integrity.NonFinite, match='buffers/mean is not finite after step 7'):
+      integrity.check_finite(spoilt, 7)

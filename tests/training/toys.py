@@ -25,7 +25,6 @@ class Regression(Objective):
   width: int = 4
   extra_weight: float = 1.0
   chance: float = 100.0
-  bad_step: int = -1
 
   groups = ('main', 'extra')
 
@@ -39,7 +38,6 @@ class Regression(Objective):
   def loss(self, model, batch, key, *, training):
     y = batch['x'] @ model.w[...] + self.extra_weight * model.extra[...]
     loss = jnp.mean(jnp.square(y - batch['x'][:, :2]))
-    loss = jnp.where(model.seen[...] == self.bad_step * batch['x'].shape[0], jnp.nan, loss)
     return loss, Aux({'loss_chance': jnp.float32(self.chance)}, {'seen': jnp.float32(batch['x'].shape[0])})
 
   def update(self, buffers, statistics, key):
