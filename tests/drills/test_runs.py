@@ -169,6 +169,17 @@ def test_a_shard_deleted_under_a_run_is_named(environment, tmp_path):
   finish(command('coarse_lm', data, tmp_path / 'run', 4), environment)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'uint8', 'bool'])
+@pytest.mark.parametrize('shape', [(), (0,), (7,), (300, 5), (3, 1, 4, 2)])
+def test_a_checksum_is_the_same_on_the_device_and_on_the_host(monkeypatch, dtype, shape):
+  import jax
+  monkeypatch.setattr(integrity, '_AT_A_TIME', 1000)
+  x = jax.numpy.asarray(np.random.default_rng(0).normal(0, 50, shape)).astype(dtype)
+  there = integrity.checksums({'x': x})
+  monkeypatch.setattr(integrity, '_in_memory', lambda leaves: False)
+  assert integrity.checksums({'x': x}) == there
+
+
 @pytest.mark.parametrize('dtype', [np.float32, np.float16, np.int32, np.int8, bool])
 def test_a_checksum_sees_any_single_change_and_no_layout(dtype):
   import jax
