@@ -268,3 +268,12 @@ def test_gin_does_not_bring_tensorflow_or_jax():
   code = 'import sys, json, musiclm_jax.config; print(json.dumps(sorted(sys.modules)))'
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
   assert not {'tensorflow', 'jax', 'numpy', 'seqio'} & set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize('file, ours', [(main.__file__, True), ('/usr/lib/python3/site-packages/numpy/core.py', False)])
+def test_an_error_that_crossed_from_a_worker_process_is_judged_by_where_it_was_raised(file, ours):
+  from concurrent.futures.process import _RemoteTraceback
+  error = ValueError('record 5 cannot be read')
+  error.__cause__ = _RemoteTraceback('\n"""\nTraceback (most recent call last):\n  File "/x/process.py", line 1, in f\n'
+                                     f'  File "{file}", line 3, in read\n    raise\nValueError: record 5\n"""')
+  assert main._explain(error) == (1, 'record 5 cannot be read', ours)
