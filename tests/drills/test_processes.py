@@ -47,7 +47,7 @@ def test_a_process_that_hangs_is_named_within_a_bound(environment, tokens, tmp_p
       process.communicate()
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_bit_flip_on_one_process_is_found_before_the_next_checkpoint(environment, tokens, tmp_path):
   """Drill 15: after step 8 process 1 changes a bit of its copy; the run stops at the save of that step, is started
   again from step 4, and names the process that had been wrong."""
