@@ -97,9 +97,9 @@ class _Tokeniser:
   def __init__(self, cascade: Cascade, seconds: float, batch_size: int):
     self.batch_size = batch_size
     self.specs = {cascade.token_spec(role).feature: cascade.token_spec(role) for role in TOKENIZERS}
-    rate = cascade.part('codec').objective.codec.sample_rate
-    block = math.lcm(*(round(rate / s.frame_rate) for s in self.specs.values() if s.frame_rate))
-    self.samples = math.ceil(seconds * rate / block) * block  # whole frames of every stream
+    self.rate = cascade.part('codec').objective.codec.sample_rate
+    block = math.lcm(*(round(self.rate / s.frame_rate) for s in self.specs.values() if s.frame_rate))
+    self.samples = math.ceil(seconds * self.rate / block) * block  # whole frames of every stream
     self.encode = cascade.function('codec', 'encode', parallel=True)
     self.semantic = cascade.function('semantic', 'tokens', parallel=True)
     self.embed = cascade.function('mulan', 'embed_audio', parallel=True)
@@ -107,7 +107,6 @@ class _Tokeniser:
 
   def __call__(self, corpus: records.RecordSet, shard: int) -> Iterator[dict[str, Any]]:
     indices = corpus.shard_indices(shard)
-    rate = corpus.header.streams['audio']['sample_rate']
 
     def read(batch: int, *_: int) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
       chosen = indices[batch * self.batch_size:(batch + 1) * self.batch_size]
@@ -119,10 +118,10 @@ class _Tokeniser:
         # The devices start on this batch before the tokens of the one before are fetched and written.
         started = examples, length_B, self._start(audio_BxN, length_B)
         if running is not None:
-          yield from self._finished(*running, rate)
+          yield from self._finished(*running)
         running = started
       if running is not None:
-        yield from self._finished(*running, rate)
+        yield from self._finished(*running)
 
   def _batch(self, examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
     audio_BxN = np.zeros((self.batch_size, self.samples), np.float32)
@@ -137,11 +136,11 @@ class _Tokeniser:
     return {'acoustic': self.encode(audio_BxN), 'semantic': self.semantic(audio_BxN, length_B),
             'mulan': self.mulan(self.embed(audio_BxN, length_B))}
 
-  def _finished(self, examples: list[dict[str, Any]], length_B: np.ndarray, tokens: dict[str, jax.Array], rate: int
+  def _finished(self, examples: list[dict[str, Any]], length_B: np.ndarray, tokens: dict[str, jax.Array]
                 ) -> Iterator[dict[str, Any]]:
     tokens = jax.device_get(tokens)
     for row, example in enumerate(examples):
-      held = {name: cut(tokens[name][row], self.specs[name], length_B[row] / rate) for name in tokens}
+      held = {name: cut(tokens[name][row], self.specs[name], length_B[row] / self.rate) for name in tokens}
       yield {**{k: example[k] for k in _CARRIED if k in example}, **held}
 
 

@@ -5,19 +5,17 @@ Shapes: N samples, F frames, Q levels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-import contextlib
 import dataclasses
 import math
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
 import soundfile
 
 from musiclm_jax.codec.bitstream import BitstreamReader, BitstreamWriter, StreamHeader
 from musiclm_jax.codec.model import SoundStream
-from musiclm_jax.data import audio_files
+from musiclm_jax.data import audio_files, records
 from musiclm_jax.training import checkpoint, state as states
 from musiclm_jax.training.checkpoint import Loaded
 
@@ -73,7 +71,7 @@ class Transcoder:
     """
     header = self._header(levels)
     samples = 0
-    with _replacing(target) as file:
+    with records.replacing(target) as file:
       writer = BitstreamWriter(file, header)
       for tokens_FxQ, length in self._tokens(source):
         writer.write(tokens_FxQ[:, :header.levels])
@@ -115,9 +113,7 @@ class Transcoder:
 
   def _header(self, levels: int | None) -> StreamHeader:
     config = self.config
-    if levels is not None and not 1 <= levels <= config.levels:
-      raise ValueError(f'the codec has {config.levels} levels; {levels} were asked for')
-    return StreamHeader(self.codec.content_hash, config.sample_rate, config.stride, levels or config.levels,
+    return StreamHeader(self.codec.content_hash, config.sample_rate, config.stride, config.first_levels(levels),
                         config.codebook_size, self.block_frames)
 
   def _tokens(self, source: str | os.PathLike) -> Iterator[tuple[np.ndarray, int]]:
@@ -149,7 +145,7 @@ class Transcoder:
     """Decodes blocks of tokens [F, Q]; `samples` says, after the last, how many there are of the recording."""
     state = self.codec.model.init_state(1)
     written, held = 0, np.zeros(0, np.float32)
-    with _replacing(target) as file:
+    with records.replacing(target) as file:
       with soundfile.SoundFile(file, 'w', header.sample_rate, 1, 'PCM_16', format='WAV') as wav:
         for tokens_FxQ in blocks:
           wav.write(held)
@@ -164,18 +160,3 @@ class Transcoder:
 def _result(path: str | os.PathLike, samples: int, header: StreamHeader) -> Transcoded:
   return Transcoded(pathlib.Path(path), samples / header.sample_rate, os.path.getsize(path), header.bitrate,
                     header.levels)
-
-
-@contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[Any]:
-  """A file that takes the place of `path` once it is whole."""
-  path = pathlib.Path(path)
-  if not path.parent.is_dir():
-    raise FileNotFoundError(f'there is no folder {os.fspath(path.parent)!r}')
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    with open(temporary, 'wb+') as file:
-      yield file
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)

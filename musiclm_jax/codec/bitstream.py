@@ -178,4 +178,3 @@ class BitstreamReader:
   def _check(self, content: bytes, what: str) -> None:
     if self._take(4, what) != struct.pack('<I', zlib.crc32(content)):
       raise ValueError(f'{self._name} is damaged: the checksum of {what} differs')
-

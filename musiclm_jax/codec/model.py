@@ -55,6 +55,12 @@ class SoundStreamConfig:
     """Samples a frame: 480 for MusicLM."""
     return self.patch * math.prod(self.strides)
 
+  def first_levels(self, levels: int | None) -> int:
+    """How many that is, with None for all of them; ValueError where there are fewer."""
+    if levels is not None and not 1 <= levels <= self.levels:
+      raise ValueError(f'the codec has {self.levels} levels; {levels} were asked for')
+    return levels or self.levels
+
   @property
   def token_spec(self) -> specs.TokenSpec:
     return specs.TokenSpec(
@@ -149,9 +155,7 @@ class SoundStream(nnx.Module):
 
     Raises ValueError where N is not a multiple of the stride or there are fewer levels.
     """
-    if levels is not None and not 1 <= levels <= self.config.levels:
-      raise ValueError(f'the codec has {self.config.levels} levels; {levels} were asked for')
-    return self.quantizer.encode(self.encode_latents(audio_BxN), levels)
+    return self.quantizer.encode(self.encode_latents(audio_BxN), self.config.first_levels(levels))
 
   def decode(self, indices_BxFxq: jax.Array) -> jax.Array:
     """Audio, float32 [B, F * stride], from the tokens of any number of first levels."""

@@ -10,7 +10,7 @@ and the same command continues it.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ import pathlib
 import re
 import threading
 import time
-from typing import Any
+from typing import Any, BinaryIO
 import uuid
 
 from array_record.python import array_record_module
@@ -46,7 +46,8 @@ from musiclm_jax.data.record_format import (
 
 __all__ = [
     'FORMAT_VERSION', 'Header', 'MANIFEST', 'Manifest', 'RecordSet', 'Shard', 'audio_streams', 'check', 'decode',
-    'difference', 'encode', 'finish', 'from_pcm', 'hash_file', 'open_shard', 'read_manifest', 'rewrite', 'seconds_of',
+    'difference', 'encode', 'finish', 'from_pcm', 'hash_file', 'open_shard', 'read_manifest', 'replacing',
+    'rewrite', 'seconds_of',
     'shard_done', 'shard_name', 'text_kinds_of', 'to_pcm', 'token_streams', 'write_atomically', 'write_records',
     'write_shard']
 
@@ -63,13 +64,25 @@ _WRITER_OPTIONS = {'audio': 'group_size:1,uncompressed', 'tokens': 'group_size:1
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
   """Writes beside `path`, syncs and renames: readers see the old file or the new one."""
-  path = pathlib.Path(path)
-  temporary = _temporary(path)
-  with open(temporary, 'wb') as file:
+  with replacing(path) as file:
     file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  _put(temporary, path)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+  """A file that takes the place of `path` once it is whole; after an error all is as it was."""
+  path = pathlib.Path(path)
+  if not path.parent.is_dir():
+    raise FileNotFoundError(f'there is no folder {os.fspath(path.parent)!r}')
+  temporary = _temporary(path)
+  try:
+    with open(temporary, 'wb+') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    _put(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:

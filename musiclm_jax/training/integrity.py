@@ -95,10 +95,11 @@ def check_finite(tree: Any, step: int) -> None:
     return
   leaves = [x for _, x in entries]
   finite = [np.isfinite(np.asarray(x)).all() for x in leaves] if _in_memory(leaves) else _finite(leaves)
-  if not all(map(bool, finite)):
-    name = name_of(entries[[bool(f) for f in finite].index(False)][0])
-    raise NonFinite(f'{name} is not finite after step {step}, though the loss of that step was; nothing of it was '
-                    'saved. Lower the learning rate, and run the same command again to go on from the last checkpoint')
+  for (path, _), fine in zip(entries, finite):
+    if not fine:
+      raise NonFinite(f'{name_of(path)} is not finite after step {step}, though the loss of that step was; nothing of '
+                      'it was saved. Lower the learning rate, and run the same command again to go on from the last '
+                      'checkpoint')
 
 
 @functools.lru_cache(maxsize=4)
