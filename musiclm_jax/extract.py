@@ -67,13 +67,14 @@ def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade
       examples = tokenise(corpora[split], index) if split in corpora else ()
       records.write_shard(output_dir, split, index, counts[split], examples, header, made_with=made_with)
       report(f'extracted {split} {index + 1}/{counts[split]}')
-  if process_count > 1:
-    missing = sum(not records.shard_done(output_dir, *place, counts[place[0]], header) for place in places)
-    if missing:
-      report(f'process {process_index} of {process_count} is done with its {len(mine)} shards; {missing} of other '
-             'processes are missing, and the last to end writes the manifest')
-      return None
-  return records.finish(output_dir, header, counts)
+  try:
+    return records.finish(output_dir, header, counts)
+  except records.Unfinished as unfinished:
+    if process_count == 1:
+      raise
+    report(f'process {process_index} of {process_count} is done with its {len(mine)} shards; {len(unfinished.missing)} '
+           'of other processes are missing, and the last to end writes the manifest')
+    return None
 
 
 def _check_audio(audio_dir: str | os.PathLike, audio: records.Manifest, cascade: Cascade) -> None:

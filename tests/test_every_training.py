@@ -118,8 +118,8 @@ def environment(tmp_path_factory):
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
 
 
-def finish(arguments, environment):
-  done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
+def finish(arguments, environment, timeout=600):
+  done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=timeout)
   assert done.returncode == 0, done.stderr[-2000:]
   return done
 

@@ -45,11 +45,10 @@ from musiclm_jax.data.record_format import (
 )
 
 __all__ = [
-    'FORMAT_VERSION', 'Header', 'MANIFEST', 'Manifest', 'RecordSet', 'Shard', 'audio_streams', 'check', 'decode',
-    'difference', 'encode', 'finish', 'from_pcm', 'hash_file', 'open_shard', 'read_manifest', 'replacing',
-    'rewrite', 'seconds_of',
-    'shard_done', 'shard_name', 'text_kinds_of', 'to_pcm', 'token_streams', 'write_atomically', 'write_records',
-    'write_shard']
+    'FORMAT_VERSION', 'Header', 'MANIFEST', 'Manifest', 'RecordSet', 'Shard', 'Unfinished', 'audio_streams', 'check',
+    'decode', 'difference', 'encode', 'finish', 'from_pcm', 'hash_file', 'open_shard', 'read_manifest', 'replacing',
+    'rewrite', 'seconds_of', 'shard_done', 'shard_name', 'text_kinds_of', 'to_pcm', 'token_streams',
+    'write_atomically', 'write_records', 'write_shard']
 
 MANIFEST = 'manifest.json'
 _SHARD_FILE = re.compile(r'.+-\d{5,}-of-\d{5,}\.arrayrecord(\.json)?')
@@ -60,6 +59,15 @@ _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 _OPEN_SHARDS = 256
 # Waveforms do not shrink under a general compressor and decompressing them costs three times the read.
 _WRITER_OPTIONS = {'audio': 'group_size:1,uncompressed', 'tokens': 'group_size:1'}
+
+
+class Unfinished(ValueError):
+  """Shards of a set are not there yet; `missing` has their names."""
+
+  def __init__(self, directory: pathlib.Path, missing: list[str], total: int):
+    super().__init__(f'{directory}: {len(missing)} of {total} shards are missing or were written with other settings, '
+                     f'the first is {missing[0]}')
+    self.missing = missing
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -160,14 +168,18 @@ def write_shard(directory: str | os.PathLike, split: str, index: int, count: int
 
 def shard_done(directory: str | os.PathLike, split: str, index: int, count: int, header: Header) -> bool:
   """Whether this shard was already written, whole, with the same header."""
-  path = pathlib.Path(directory) / shard_name(split, index, count)
+  return _written(pathlib.Path(directory) / shard_name(split, index, count), header) is not None
+
+
+def _written(path: pathlib.Path, header: Header) -> dict[str, Any] | None:
+  """What is beside a shard that is there, whole, with this header; None for any other."""
   try:
-    sidecar = json.loads(path.with_name(path.name + '.json').read_bytes())
-    return (sidecar['format'] == FORMAT_VERSION and
-            Header(**sidecar['header']).fingerprint == header.fingerprint and
-            sidecar['shard']['bytes'] == path.stat().st_size)
+    sidecar = _sidecar(path)
+    whole = (sidecar['format'] == FORMAT_VERSION and Header(**sidecar['header']).fingerprint == header.fingerprint and
+             sidecar['shard']['bytes'] == path.stat().st_size)
   except (OSError, ValueError, KeyError, TypeError):
-    return False
+    return None
+  return sidecar if whole else None
 
 
 def difference(directory: str | os.PathLike, header: Header) -> tuple[str, Any, Any] | None:
@@ -204,22 +216,20 @@ def finish(directory: str | os.PathLike, header: Header, shards: Mapping[str, in
 
   Processes that share the work may all call this: they write the same file.
 
-  Raises: ValueError naming the shards that are missing or were written with another header.
+  Raises: Unfinished where shards are missing or were written with another header.
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  missing = [shard_name(split, i, count) for split, count in shards.items() for i in range(count)
-             if not shard_done(directory, split, i, count, header)]
-  if missing:
-    raise ValueError(f'{directory}: {len(missing)} of {sum(shards.values())} shards are missing or were '
-                     f'written with other settings, the first is {missing[0]}')
-  splits, licences = {}, collections.Counter()
+  splits, licences, missing = {}, collections.Counter(), []
   versions: list[Mapping[str, Any]] = []  # shards need not have been written by one version
   skipped = {reason: dict(files) for reason, files in (skipped or {}).items()}
   for split, count in shards.items():
     held = []
-    for i in range(count):
-      sidecar = _sidecar(directory / shard_name(split, i, count))
+    for name in (shard_name(split, i, count) for i in range(count)):
+      sidecar = _written(directory / name, header)
+      if sidecar is None:
+        missing.append(name)
+        continue
       held.append(Shard(**sidecar['shard']))
       licences.update(sidecar['licences'])
       if sidecar['made_with'] not in versions:
@@ -227,6 +237,8 @@ def finish(directory: str | os.PathLike, header: Header, shards: Mapping[str, in
       for reason, number in sidecar['left_out'].items():
         skipped[reason] = {'count': skipped.get(reason, {}).get('count', 0) + number, 'files': []}
     splits[split] = tuple(held)
+  if missing:
+    raise Unfinished(directory, missing, sum(shards.values()))
   manifest = Manifest(header, splits, dict(sorted(licences.items())), skipped, tuple(versions))
   document = {
       'format': FORMAT_VERSION, 'fingerprint': manifest.fingerprint, **dataclasses.asdict(header),

@@ -23,7 +23,9 @@ class Sampling:
   Attributes:
     temperature: 0 is greedy. MusicLM: 1.0 semantic, 0.95 coarse, 0.4 fine (arXiv 2301.11325, section 4.1).
     top_k: only the k likeliest codes; 0 is all. top_p: only the likeliest codes that hold this probability.
-    guidance: logits are null + guidance * (conditioned - null); 1 is plain conditioning.
+    guidance: logits are null + guidance * (conditioned - null); 1 is plain conditioning. Null hides what describes the
+      music as a whole (conditions without a frame rate: the text, or a clip) and keeps what follows it in time. A
+      stage that has no such condition is sampled plainly.
   """
 
   temperature: float = 1.0
@@ -65,7 +67,7 @@ def sample(model: TokenLM, layout: Layout, streams: Mapping[str, jax.Array], key
   """
   graphdef, state = nnx.split(model)
   numbers = tuple(jnp.float32(v) for v in (sampling.temperature, sampling.top_p, sampling.guidance))
-  guided = sampling.guidance != 1.0
+  guided = tuple(s.name for s in layout.stage.conditions if not s.frame_rate) if sampling.guidance != 1.0 else ()
   if prefix_BxFxQ is None:
     prefix_BxFxQ = jnp.zeros((keys_B.shape[0], 0, layout.stage.target.levels), jnp.int32)
   conditions = {s.feature: streams[s.feature] for s in layout.stage.conditions}
@@ -74,14 +76,15 @@ def sample(model: TokenLM, layout: Layout, streams: Mapping[str, jax.Array], key
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(graphdef, layout: Layout, guided: bool, state, streams, prefix_BxFxQ, keep, keys_B, numbers, top_k):
+def _sample(graphdef, layout: Layout, guided: tuple[str, ...], state, streams, prefix_BxFxQ, keep, keys_B, numbers,
+            top_k):
   model: TokenLM = nnx.merge(graphdef, state)
   target, offset = layout.stage.target, layout.stage.offset(layout.stage.target)
   temperature, top_p, guidance = numbers
   rows_BxT = build(layout, streams, prefix_BxFxQ, keep=keep)
   B, given = rows_BxT.shape
   if guided:
-    nothing = {s.name: jnp.zeros((B,), jnp.int32) for s in layout.stage.conditions}
+    nothing = {**keep, **{name: jnp.zeros((B,), jnp.int32) for name in guided}}
     rows_BxT = jnp.concatenate([rows_BxT, build(layout, streams, prefix_BxFxQ, keep=nothing)])
 
   def logits_of(logits):

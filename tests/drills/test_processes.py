@@ -1,4 +1,6 @@
-"""Two processes over loopback: one that hangs is missed within a bound and named; one with a memory fault is named."""
+"""Two processes over loopback: one that hangs is missed within a bound and named, one with a memory fault is named, one
+that fails does not leave the other waiting, and asking one to stop stops both.
+"""
 import json
 import signal
 import socket
@@ -7,6 +9,7 @@ import time
 
 import pytest
 
+from musiclm_jax.training import checkpoint
 from tests.test_every_training import (  # noqa: F401 (fixtures)
     _steps_logged, assert_same_end, command, environment, tokens)
 
@@ -23,17 +26,70 @@ def pair(arguments, environment, **more):
                            stderr=subprocess.PIPE, text=True) for i in range(2)]
 
 
+def await_step(processes, folder, step):
+  deadline = time.monotonic() + 900
+  while _steps_logged(folder) < step and time.monotonic() < deadline:
+    assert all(p.poll() is None for p in processes), processes[0].stderr.read()[-3000:]
+    time.sleep(0.05)
+  assert _steps_logged(folder) >= step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('asked', [1, 0])
+def test_one_of_two_asked_to_stop_both_save_the_same_step(environment, tokens, tmp_path, asked):
+  """Drill 3, with two processes."""
+  folder = tmp_path / 'run'
+  processes = pair(command('fine_lm', tokens, folder, 100_000, CHECKPOINT_EVERY=0), environment)
+  await_step(processes, folder, 5)
+  processes[asked].send_signal(signal.SIGTERM)
+  errors = [p.communicate(timeout=900)[1] for p in processes]
+  assert [p.returncode for p in processes] == [128 + signal.SIGTERM] * 2, errors[0][-2000:] + errors[1][-2000:]
+  step = checkpoint.latest_step(folder)
+  assert step >= 5 and _steps_logged(folder) == step
+  for name, steps in (('run', step + 3), ('whole', step + 3)):
+    ended = pair(command('fine_lm', tokens, tmp_path / name, steps, CHECKPOINT_EVERY=0), environment)
+    assert [p.communicate(timeout=900) and p.returncode for p in ended] == [0, 0]
+  assert_same_end(tmp_path / 'whole', folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [1, 0])
+def test_where_one_process_fails_the_other_ends_too(environment, tokens, tmp_path, victim):
+  """A fault of one machine (its disk, its memory) must not leave the others in a collective for hours."""
+  code = f'''
+import os, sys
+from musiclm_jax import main
+from musiclm_jax.data import batches
+call = batches.TokenBatches.__call__
+def faulty(self, step, *args):
+  if step == 6 and os.environ['JAX_PROCESS_ID'] == '{victim}':
+    raise OSError('this disk is broken')
+  return call(self, step, *args)
+batches.TokenBatches.__call__ = faulty
+main.main(sys.argv[1:])
+'''
+  arguments = command('fine_lm', tokens, tmp_path / 'run', 100_000)
+  processes = pair([arguments[0], '-c', code, *arguments[3:]], environment, MUSICLM_HEARTBEAT_SECONDS='10')
+  try:
+    _, errors = processes[victim].communicate(timeout=900)
+    begun = time.monotonic()
+    assert processes[victim].returncode not in (0, None) and 'this disk is broken' in errors, errors[-3000:]
+    _, errors = processes[1 - victim].communicate(timeout=900)
+    assert processes[1 - victim].returncode not in (0, None) and time.monotonic() - begun < 90, errors[-3000:]
+    assert checkpoint.latest_step(tmp_path / 'run') == 4
+  finally:
+    for process in processes:
+      process.kill()
+      process.communicate()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [1, 0])
 def test_a_process_that_hangs_is_named_within_a_bound(environment, tokens, tmp_path, victim):
   """Drill 10."""
   processes = pair(command('fine_lm', tokens, tmp_path / 'run', 100_000), environment, MUSICLM_HEARTBEAT_SECONDS='10')
   try:
-    deadline = time.monotonic() + 900
-    while _steps_logged(tmp_path / 'run') < 3 and time.monotonic() < deadline:
-      assert all(p.poll() is None for p in processes), processes[0].stderr.read()[-3000:]
-      time.sleep(0.05)
-    assert _steps_logged(tmp_path / 'run') >= 3
+    await_step(processes, tmp_path / 'run', 3)
     processes[victim].send_signal(signal.SIGSTOP)
     begun = time.monotonic()
     _, errors = processes[1 - victim].communicate(timeout=900)

@@ -68,6 +68,23 @@ def test_guidance_zero_ignores_the_condition_and_one_is_plain():
   np.testing.assert_array_equal(nothing, run(batch, 0.0))
 
 
+def test_guidance_is_towards_the_text_and_keeps_what_follows_the_music():
+  objective = objective_of('coarse')
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  keys = jax.random.split(jax.random.key(0), 4)
+  run = lambda streams, **options: sample(model, objective.layout, streams, keys, **options)
+  without_text = run(batch, sampling=Sampling(1.0), keep={'mulan': jnp.zeros((4,), int)})
+  np.testing.assert_array_equal(run(batch, sampling=Sampling(1.0, guidance=0.0)), without_text)
+  other = {**batch, 'semantic': (batch['semantic'] + 5) % 16}
+  assert not np.array_equal(run(other, sampling=Sampling(1.0, guidance=0.0)), without_text)
+  both = run(batch, sampling=Sampling(1.0, guidance=0.0), keep={'semantic': jnp.zeros((4,), int)})
+  assert not np.array_equal(both, without_text)
+  fine = objective_of('fine')
+  model, batch = fine.model(nnx.Rngs(0)), batch_of(fine.stage)
+  plain, guided = (sample(model, fine.layout, batch, keys, Sampling(1.0, guidance=g)) for g in (1.0, 7.0))
+  np.testing.assert_array_equal(plain, guided)
+
+
 def test_new_numbers_do_not_compile_again():
   objective = objective_of('semantic')
   model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
