@@ -34,7 +34,8 @@ def test_killed_at_any_call_of_a_save_the_newest_step_is_whole(tmp_path, keep):
 
 
 @pytest.mark.parametrize('number, at', [
-    pytest.param(number, at, marks=pytest.mark.soak)
+    pytest.param(number, at, marks=pytest.mark.slow if (number, at) in ((errno.ENOSPC, 15), (errno.EIO, 120))
+                 else pytest.mark.soak)
     for number in (errno.ENOSPC, errno.EIO) for at in (0, 15, 40, 120)])
 def test_a_save_that_fails_ends_the_run_with_its_cause(environment, tokens, tmp_path, number, at):  # noqa: F811
   """Drill 4: from some call of the first save on, the disk is full, or broken."""
@@ -53,6 +54,31 @@ def test_a_save_that_fails_ends_the_run_with_its_cause(environment, tokens, tmp_
   finish(command('fine_lm', tokens, workdir, 10), environment)
   finish(command('fine_lm', tokens, tmp_path / 'whole', 10), environment)
   assert_same_end(tmp_path / 'whole', workdir)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(environment, tokens, tmp_path):  # noqa: F811
+  """Drill 4, on a small file system that is really full."""
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64m', 'tmpfs', disk], capture_output=True).returncode:
+    pytest.skip('mounting a file system needs rights that this user does not have')
+  try:
+    finish(command('fine_lm', tokens, disk / 'run', 2), environment)
+    filler = disk / 'filler'
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - 30_000))
+    failed = subprocess.run(command('fine_lm', tokens, disk / 'run', 40), env=environment, capture_output=True,
+                            text=True, timeout=600)
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith('musiclm: error:') and 'No space left on device' in last, failed.stderr[-2000:]
+    assert checkpoint.latest_step(disk / 'run') == 2
+    filler.unlink()
+    finish(command('fine_lm', tokens, disk / 'run', 10), environment)
+    finish(command('fine_lm', tokens, tmp_path / 'whole', 10), environment)
+    assert_same_end(tmp_path / 'whole', disk / 'run')
+  finally:
+    subprocess.run(['umount', disk], check=True)
 
 
 @pytest.fixture(scope='module')
