@@ -32,7 +32,7 @@ def main() -> None:
   codes = config.load_experiment(files, provided=('workdir', 'dry_run')).macro('ACOUSTIC_CODES')
   settings = {'NUM_STEPS': args.steps, 'CODEC_LEARNING_RATE': args.learning_rate, 'CODEC_DECAY_STEPS': args.steps,
               'RECORDS': args.records, 'MAX_SKIPPED': 10, 'EVAL_EVERY': 0, 'CHECKPOINT_EVERY': 0}
-  print('| seed | loss | steps left out | perplexity / codes | lowest | restarts |\n|---|---|---|---|---|---|', flush=True)
+  print('| seed | loss | steps left out | perplexity / codes | lowest | restarts |\n' + '|---' * 6 + '|', flush=True)
   for seed in range(args.seeds):
     workdir = root / str(seed)
     flags = [f'--gin.{name}={value}' for name, value in {**settings, 'SEED': seed}.items()]
