@@ -6,6 +6,7 @@ needed to sample or serve.
 """
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -21,11 +22,26 @@ class Aux(NamedTuple):
     metrics: scalars for the log, each a mean over the examples of the (micro)batch. `x_chance` is the value of
       `x` at which nothing has been learned; the trainer warns of it.
     statistics: a pytree of sums over the examples, added over microbatches and over the mesh, then handed
-      to `Objective.update` once a step. Empty for most objectives.
+      to `Objective.update` once a step; in evaluation added over the batches, too, then handed to
+      `Objective.evaluated`. Empty for most objectives.
   """
 
   metrics: dict[str, jax.Array]
   statistics: Any = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Media:
+  """What a network makes of some examples, for the ear.
+
+  Attributes:
+    audio: float32 [B, N] by name, all of one shape; row b of each belongs to example b.
+    sample_rate: in Hz.
+  """
+
+  audio: dict[str, jax.Array]
+  sample_rate: int = dataclasses.field(metadata={'static': True})
 
 
 class Objective:
@@ -64,6 +80,19 @@ class Objective:
     """New buffers and metrics from the statistics of one whole step."""
     del statistics, key
     return buffers, {}
+
+  def evaluated(self, statistics: Any) -> dict[str, jax.Array]:
+    """Held-out metrics that are no mean over batches (perplexities), from the statistics of all evaluation batches.
+
+    They take the place of metrics of the loss that have the same names.
+    """
+    del statistics
+    return {}
+
+  def media(self, model: nnx.Module, batch: Batch) -> Media | None:
+    """What there is to hear of the examples of an evaluation batch; None for nothing."""
+    del model, batch
+    return None
 
   def group(self, path: tuple[str, ...]) -> str:
     """The group of the parameter at `path`, one of `groups`."""

@@ -16,8 +16,9 @@ import numpy as np
 
 from musiclm_jax import axes, provenance, specs
 from musiclm_jax.data.prefetch import Prefetch
-from musiclm_jax.objective import Fit, Objective
-from musiclm_jax.training import accumulate, checkpoint, integrity, metrics, optimizer as optimizers, state as states
+from musiclm_jax.objective import Fit, Media, Objective
+from musiclm_jax.training import (
+    accumulate, checkpoint, integrity, metrics, optimizer as optimizers, state as states, tensorboard)
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton, TrainState
 from musiclm_jax.training.workdir import all_or_none, Interruption, make_writable, owned, Stopped
@@ -30,7 +31,10 @@ class Cadence:
   """How often things happen, in steps; 0 is at the end only.
 
   Attributes:
-    keep: checkpoints kept. chance_after: steps until a loss at its chance level raises the alarm.
+    eval_batches: held-out batches of an evaluation. keep: checkpoints kept.
+    chance_after: steps until a loss at its chance level raises the alarm.
+    tensorboard: whether reports go to TensorBoard, too, and with each evaluation what there is to hear of the first
+      `clips` examples of the held-out ones.
   """
 
   log_every: int = 10
@@ -39,6 +43,13 @@ class Cadence:
   eval_batches: int = 4
   keep: int = 2
   chance_after: int = 500
+  tensorboard: bool = False
+  clips: int = 4
+
+  def __post_init__(self):
+    if self.eval_batches < 1 or self.clips < 1:
+      raise ValueError(f'eval_batches and clips must be at least 1, found {self.eval_batches} and {self.clips}; set '
+                       'EVAL_BATCHES = None for no evaluation, TENSORBOARD = False for no clips')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +103,8 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   """
   if isinstance(init_from, str):
     init_from = InitFrom(init_from)
+  if cadence.tensorboard:
+    tensorboard.check_installed()
   run = _Run(objective, optimizer, workdir, partitioner, precision, init_from, seed, data_processes)
   run.check(batches, precision.microbatches)
   if dry_run:
@@ -126,8 +139,20 @@ class _Run:
     step = states.make_step(objective, self.skeleton, self.optimizer, microbatches=precision.microbatches,
                             compute_dtype=jnp.dtype(precision.compute), ema_decay=precision.ema_decay)
     self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+    # What comes out is read on the host: each process needs the whole of it.
     self.evaluate = jax.jit(lambda state, batch, key: objective.loss(
-        self.skeleton.model(state.ema or state.params, state.buffers), batch, key, training=False))
+        self.model(state), batch, key, training=False), out_shardings=partitioner.replicated)
+    self.media = jax.jit(self._media, static_argnames='clips', out_shardings=partitioner.replicated)
+
+  def model(self, state: TrainState) -> states.nnx.Module:
+    """The network as it is evaluated."""
+    return self.skeleton.model(state.ema or state.params, state.buffers)
+
+  def _media(self, state: TrainState, batch: Any, clips: int) -> Media | None:
+    parts = self.partitioner.batch_parts
+    rows = -(-clips // parts) * parts  # the mesh wants equal shares
+    media = self.objective.media(self.model(state), jax.tree.map(lambda x: x[:rows], batch))
+    return jax.tree.map(lambda x: x[:clips], media)
 
   @functools.cached_property
   def donor(self) -> checkpoint.Loaded | None:
@@ -261,7 +286,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
           checkpoints: checkpoint.Checkpoints, cadence: Cadence, last: int, num_steps: int,
           interruption: Interruption) -> TrainState:
   first = int(state.step)
-  writer = metrics.MetricsWriter(run.workdir, first)
+  writer = metrics.MetricsWriter(run.workdir, first, tensorboard=cadence.tensorboard)
   if first >= last:
     return state
   alarm = metrics.ChanceAlarm(cadence.chance_after)
@@ -302,6 +327,8 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
       # All lines of a step are written before it is saved: a run that goes on from there has them.
       if eval_batches is not None and (every(done, cadence.eval_every) or done == last):
         writer.write(done, held_out(run, state, eval_batches, cadence.eval_batches), part='eval')
+        if cadence.tensorboard:
+          _write_media(run, state, eval_batches, writer, cadence.clips)
       if every(done, cadence.checkpoint_every) and done < last:
         settle()
         run.save(state, checkpoints)
@@ -311,6 +338,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
   finally:
     progress.close()
     feed.close()
+    writer.close()
   return state
 
 
@@ -326,14 +354,19 @@ def _keep_batch(run: _Run, batches: Batches, step: int) -> pathlib.Path | None:
 
 
 def held_out(run: _Run, state: TrainState, batches: Batches, count: int) -> dict[str, float]:
-  """Mean metrics over the first `count` evaluation batches, the same ones and the same masks every time."""
-  total: dict[str, Any] = {}
-  for i in range(count):
-    batch = run.partitioner.global_batch(batches(i, jax.process_index(), jax.process_count()))
-    loss, aux = run.evaluate(state, batch, jax.random.fold_in(run.run_key, i))
-    for name, value in {'loss': loss, **aux.metrics}.items():
-      total[name] = total.get(name, 0) + value / count
-  return metrics.scalars(jax.device_get(total))
+  """Metrics over the first `count` evaluation batches, the same ones and the same masks every time."""
+  evaluate = lambda batch, key: run.evaluate(state, run.partitioner.global_batch(batch), key)
+  rows = (batches(i, jax.process_index(), jax.process_count()) for i in range(count))
+  return metrics.held_out(run.objective, evaluate, rows, run.run_key)
+
+
+def _write_media(run: _Run, state: TrainState, batches: Batches, writer: metrics.MetricsWriter, clips: int) -> None:
+  """What there is to hear of the first held-out examples, the same ones every time, and its spectrograms."""
+  from musiclm_jax.evaluation import pictures  # matplotlib is slow to load, and few runs draw
+  batch = run.partitioner.global_batch(batches(0, jax.process_index(), jax.process_count()))
+  media = jax.device_get(run.media(state, batch, clips=clips))
+  if media is not None:
+    writer.write_media(int(state.step), media, pictures.spectrograms)
 
 
 def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, init_from: InitFrom,

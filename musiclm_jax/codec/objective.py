@@ -172,6 +172,19 @@ class CodecTraining(objective.Objective):
     shown = {f'perplexity_{level + 1}': per_level[level] for level in sorted({0, self.codec.levels - 1})}
     return {**buffers, 'quantizer': quantizer}, {**shown, 'restarts': jnp.mean(metrics['restarts'])}
 
+  def evaluated(self, statistics: Any) -> dict[str, jax.Array]:
+    """How many codes of each level are in even use, and the share in any use, in all held-out frames together."""
+    count_QxK = statistics['count']
+    return {'perplexity': quantize.perplexity(count_QxK), 'codes_used_share': jnp.mean(count_QxK > 0, axis=-1),
+            'perplexity_frames': jnp.sum(count_QxK[0])}
+
+  def media(self, model: nnx.Module, batch: objective.Batch) -> objective.Media:
+    """The clips, and what the codec makes of them with all, the first four and the first level."""
+    audio = batch['audio'].astype(jnp.float32)
+    indices = model.encode(audio)
+    decoded = {f'levels_{n:02}': model.decode(indices[..., :n]) for n in self._measured_levels}
+    return objective.Media({'original': audio, **decoded}, self.codec.sample_rate)
+
   def reconstruction(self, audio_BxN: jax.Array, decoded_BxN: jax.Array) -> jax.Array:
     """Multi-scale mel loss [B]: sum over scales s of |S - S'|_1 + sqrt(s / 2) |log S - log S'|_2.
 
@@ -220,11 +233,15 @@ class CodecTraining(objective.Objective):
         'feature': (self.weights.feature / self.unit, discriminators.feature_loss(real, judged)),
     }
 
+  @property
+  def _measured_levels(self) -> list[int]:
+    return sorted({1, min(4, self.codec.levels), self.codec.levels})
+
   def _evaluation(self, model, audio, latents):
     """Quality with all, the first four and the first level."""
     metrics = {}
     indices = model.quantizer.encode(latents)
-    for levels in sorted({1, min(4, self.codec.levels), self.codec.levels}):
+    for levels in self._measured_levels:
       decoded = model.decode(indices[..., :levels])
       suffix = '' if levels == self.codec.levels else f'_{levels}_levels'
       distance_B = spectral.log_mel_distance(audio, decoded, self.codec.sample_rate)

@@ -1,6 +1,6 @@
 """Pictures and players of the report: spectrograms, loss curves, lossless audio, all as data URIs.
 
-N samples, F frames, M mel bands.
+N samples, F frames, M mel bands, H and W pixels.
 """
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import io
 import pathlib
 from typing import Any
 
+from matplotlib import axes as matplotlib_axes
 from matplotlib import figure as matplotlib_figure
 from matplotlib import ticker
+from matplotlib.backends import backend_agg
 import numpy as np
 import soundfile
 
@@ -19,6 +21,7 @@ from musiclm_jax.nn import spectral
 from musiclm_jax.training import metrics
 
 _COLOURS = ('#2563eb', '#d97706', '#059669', '#be185d', '#6d28d9', '#475569')
+_SPECTROGRAM_INCHES = (5.2, 1.9)
 _TICKS_HZ = (100, 300, 1000, 3000, 10000)
 
 
@@ -52,11 +55,27 @@ def spectrogram(audio_N: np.ndarray, sample_rate: int = 24000, *, bands: int = 9
 
 def spectrogram_uri(audio_N: np.ndarray, sample_rate: int = 24000) -> str:
   """Picture of `spectrogram`: time to the right, pitch upwards, bright is loud (80 dB range)."""
+  figure = matplotlib_figure.Figure(figsize=_SPECTROGRAM_INCHES, dpi=110, layout='constrained')
+  _draw_spectrogram(figure.subplots(), audio_N, sample_rate)
+  return _uri(figure, 'png')
+
+
+def spectrograms(sounds: Mapping[str, np.ndarray], sample_rate: int = 24000) -> np.ndarray:
+  """Spectrograms of sounds [N] by name, one below the other, as a picture of uint8 [H, W, 3]."""
+  width, height = _SPECTROGRAM_INCHES
+  figure = matplotlib_figure.Figure(figsize=(width, height * len(sounds)), dpi=110, layout='constrained')
+  canvas = backend_agg.FigureCanvasAgg(figure)
+  for axes, (name, audio_N) in zip(figure.subplots(len(sounds), squeeze=False)[:, 0], sounds.items()):
+    _draw_spectrogram(axes, audio_N, sample_rate)
+    axes.set_title(name, fontsize=8, loc='left')
+  canvas.draw()
+  return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def _draw_spectrogram(axes: matplotlib_axes.Axes, audio_N: np.ndarray, sample_rate: int) -> None:
   db_FxM = spectrogram(audio_N, sample_rate)
   bands = db_FxM.shape[1]
   seconds = len(audio_N) / sample_rate
-  figure = matplotlib_figure.Figure(figsize=(5.2, 1.9), dpi=110, layout='constrained')
-  axes = figure.subplots()
   axes.imshow(
       db_FxM.T, origin='lower', aspect='auto', cmap='magma', vmin=-95, vmax=-15, interpolation='nearest',
       extent=(0, seconds, 0, bands))
@@ -67,7 +86,6 @@ def spectrogram_uri(audio_N: np.ndarray, sample_rate: int = 24000) -> str:
   axes.tick_params(labelsize=7, length=2)
   axes.set_xlabel('seconds', fontsize=7)
   axes.set_ylabel('Hz', fontsize=7)
-  return _uri(figure, 'png')
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -13,55 +13,31 @@ import numpy as np
 
 from musiclm_jax.data import token_counts
 from musiclm_jax.evaluation import batched, probes
-from musiclm_jax.training import state as states
+from musiclm_jax.objective import Aux
+from musiclm_jax.training import metrics, state as states
 
 
 # Probe name in the report -> name of the fact in a composer's attributes.
 CLIP_PROBES = {'tempo': 'tempo', 'meter': 'meter', 'drum_style': 'drums', 'timbre': 'lead'}
 
 
-def mean_metrics(
-    objective: Any, model: nnx.Module, batches: Iterable[Mapping[str, np.ndarray]], *, seed: int = 0,
-) -> tuple[dict[str, float], Any]:
-  """The metrics of `objective.loss(..., training=False)` averaged over batches of one shape and size.
-
-  With the loss itself as 'loss'; and the objective's statistics summed over the batches. Masks and negatives
-  are drawn from `seed`, so that the figure is the same each time. Raises ValueError without any batch.
-  """
-
-  def one(model: nnx.Module, batch: dict[str, jax.Array], key: jax.Array) -> tuple[dict[str, jax.Array], Any]:
-    loss, aux = objective.loss(model, batch, key, training=False)
-    return {'loss': loss, **aux.metrics}, aux.statistics
-
-  run = states.compiled(model, one)
-  keys = jax.random.key(seed)
-  rows, total = [], None
-  for i, batch in enumerate(batches):
-    metrics, sums = jax.device_get(run(dict(batch), jax.random.fold_in(keys, i)))
-    rows.append(metrics)
-    total = sums if total is None else jax.tree.map(np.add, total, sums)
-  if not rows:
-    raise ValueError('evaluation: there are no held-out batches')
-  return {name: float(np.mean([np.mean(row[name]) for row in rows])) for name in rows[0]}, total
-
-
 def masked_figures(
     objective: Any, model: nnx.Module, batches: Iterable[Mapping[str, np.ndarray]], *, seed: int = 0,
 ) -> dict[str, float]:
-  """Masked prediction on held-out batches: `masked_cross_entropy` and `target_entropy`, both in nats.
+  """Masked prediction on held-out batches of one shape and size, `masked_cross_entropy` and `target_entropy` in nats.
 
-  The entropy is that of the targets of these very batches, pooled over all of them (the objective's
-  statistics `hard`, [groups, codes]), averaged over the code groups as the cross-entropy is: what a predictor
-  pays that knows only how frequent each target is.
+  Masks and negatives are drawn from `seed`, so that the figure is the same each time. Raises ValueError without any
+  batch.
   """
-  metrics, sums = mean_metrics(objective, model, batches, seed=seed)
-  keep = ('masked_cross_entropy', 'masked_accuracy', 'contrastive', 'contrastive_accuracy', 'loss')
-  figures = {name: metrics[name] for name in keep if name in metrics}
-  entropy_G = token_counts.entropy(sums['hard'])
-  share_G = sums['hard'] / sums['hard'].sum(-1, keepdims=True)
-  return {**figures, 'target_entropy': float(entropy_G.mean()),
-          'target_perplexity': float(np.exp(entropy_G).mean()),
-          'masked_accuracy_chance': float(share_G.max(-1).mean())}
+
+  def loss(model: nnx.Module, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Aux]:
+    return objective.loss(model, batch, key, training=False)
+
+  measured = metrics.held_out(
+      objective, states.compiled(model, loss), map(dict, batches), jax.random.key(seed))
+  keep = ('masked_cross_entropy', 'masked_accuracy', 'contrastive', 'contrastive_accuracy', 'loss', 'target_entropy',
+          'target_perplexity', 'masked_accuracy_chance')
+  return {name: measured[name] for name in keep if name in measured}
 
 
 def composer_labels(

@@ -158,6 +158,18 @@ class W2vBertTraining(Objective):
       updated[f'{name}_usage'] = decay * buffers[f'{name}_usage'] + (1 - decay) * usage
     return {**buffers, **updated}, {}
 
+  def evaluated(self, statistics: Any) -> dict[str, jax.Array]:
+    """Entropy and chance from the held-out targets themselves; the metrics of the loss have those of training.
+
+    Averaged over the groups, as the cross-entropy is: what a predictor pays that knows only how frequent each target
+    is.
+    """
+    share_GxV = statistics['hard'] / jnp.sum(statistics['hard'], axis=-1, keepdims=True)
+    entropy_G = _entropy(share_GxV)
+    entropy = jnp.mean(entropy_G)
+    return {'target_entropy': entropy, 'target_perplexity': jnp.mean(jnp.exp(entropy_G)),
+            'masked_cross_entropy_chance': entropy, 'masked_accuracy_chance': jnp.mean(jnp.max(share_GxV, axis=-1))}
+
 
 def _folded(keys_B: jax.Array, value: int) -> jax.Array:
   return jax.vmap(lambda key: jax.random.fold_in(key, value))(keys_B)

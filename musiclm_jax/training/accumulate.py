@@ -56,8 +56,7 @@ def run(fit: Fit, buffers: Any, rows_NxD: np.ndarray, partitioner: Partitioner, 
   sample_generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
   picked = np.sort(sample_generator.permutation(len(rows_NxD))[:SAMPLE_ROWS])
   sample = jnp.asarray(rows_NxD[picked])
-  data = partitioner.mesh.shape['data'] * partitioner.mesh.shape['fsdp']
-  chunk = -(-chunk // data) * data
+  chunk = -(-chunk // partitioner.batch_parts) * partitioner.batch_parts
   done = 0
   for number, (phase, iterations) in enumerate(fit.phases()):
     statistics = jax.jit(lambda b, r, w, phase=phase: fit.statistics(b, r, w, phase))

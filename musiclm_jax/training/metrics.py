@@ -1,7 +1,8 @@
-"""Metrics of a run: one JSON line a report, a progress display, and the two alarms."""
+"""Metrics of a run: what is reported and where, means over held-out batches, a progress display, and the alarms."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+import functools
 import json
 import os
 import pathlib
@@ -11,11 +12,17 @@ from typing import Any
 
 from absl import logging
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.progress
 
+from musiclm_jax.objective import Aux, Media, Objective
+from musiclm_jax.training.tensorboard import EventFile
+
 # Metrics named `x_chance` hold the value of `x` at which nothing has been learned.
 CHANCE_SUFFIX = '_chance'
+
+Draw = Callable[[dict[str, np.ndarray], int], np.ndarray]  # sounds [N] by name, their rate -> picture uint8 [H, W, 3]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -39,25 +46,74 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
   return flat
 
 
-class MetricsWriter:
-  """Appends to <workdir>/metrics.jsonl, from process 0 only.
+def held_out(objective: Objective, evaluate: Callable[[Any, jax.Array], tuple[jax.Array, Aux]],
+             batches: Iterable[Any], key: jax.Array) -> dict[str, float]:
+  """Metrics over evaluation batches of one size: means, and what `objective.evaluated` makes of all of them together.
 
-  A resumed run first drops the lines of steps that it will take again.
+  Args:
+    evaluate: (batch, key) -> `objective.loss(..., training=False)`, compiled.
+    key: of the masks and the like; a batch has the same ones every time.
+
+  Raises ValueError where there are no batches.
+  """
+  total, count = None, 0
+  for batch in batches:
+    loss, aux = evaluate(batch, jax.random.fold_in(key, count))
+    values = {'loss': loss, **aux.metrics}, aux.statistics
+    total = values if total is None else jax.tree.map(jnp.add, total, values)
+    count += 1
+  if total is None:
+    raise ValueError('evaluation: there are no held-out batches')
+  sums, statistics = total
+  means = {name: value / count for name, value in sums.items()}
+  return scalars(jax.device_get({**means, **objective.evaluated(statistics)}))
+
+
+class MetricsWriter:
+  """Appends to <workdir>/metrics.jsonl, and to an event file in <workdir>/tensorboard if asked; from process 0 only.
+
+  Of a resumed run both forget the steps that it will take again.
   """
 
-  def __init__(self, workdir: str | os.PathLike, first_step: int = 0):
+  def __init__(self, workdir: str | os.PathLike, first_step: int = 0, *, tensorboard: bool = False):
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     self._active = jax.process_index() == 0
+    self._first_step, self._tensorboard = first_step, tensorboard
     if self._active and self._path.exists():
       kept = [line for line in read(self._path) if line['step'] <= first_step]
       temporary = self._path.with_suffix('.partial')
       temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
       temporary.replace(self._path)
 
+  @functools.cached_property
+  def _events(self) -> EventFile | None:
+    """Opened by the first thing to write: a run that has nothing left to do leaves no file."""
+    wanted = self._active and self._tensorboard
+    return EventFile(self._path.parent / 'tensorboard', self._first_step) if wanted else None
+
   def write(self, step: int, values: Mapping[str, float], *, part: str = 'train') -> None:
     if self._active:
       with self._path.open('a') as file:
         file.write(json.dumps({'step': step, 'part': part, **values}) + '\n')
+    if self._events:
+      self._events.scalars(step, {f'{part}/{name}': value for name, value in values.items()})
+
+  def write_media(self, step: int, media: Media, draw: Draw) -> None:
+    """The sounds of each example, and one picture of them all: `clip_1/original`, `clip_1/pictures`, `clip_2/...`.
+
+    Media and pictures go to TensorBoard alone. All processes draw, as a drawing may compute on the run's mesh.
+    """
+    for i in range(min(map(len, media.audio.values()), default=0)):
+      sounds = {name: np.asarray(audio_BxN[i]) for name, audio_BxN in media.audio.items()}
+      picture_HxWx3 = draw(sounds, media.sample_rate)
+      if self._events:
+        for name, audio_N in sounds.items():
+          self._events.audio(step, f'clip_{i + 1}/{name}', audio_N, media.sample_rate)
+        self._events.picture(step, f'clip_{i + 1}/pictures', picture_HxWx3)
+
+  def close(self) -> None:
+    if self._events:
+      self._events.close()
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:

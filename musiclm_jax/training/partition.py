@@ -134,8 +134,13 @@ class Partitioner:
     """What `axes.constrain` does inside a step."""
     return jax.lax.with_sharding_constraint(x, self._sharding(names, x.shape, 'activation'))
 
+  @property
+  def batch_parts(self) -> int:
+    """Into how many parts the rows of a batch are dealt."""
+    return self.mesh.shape['data'] * self.mesh.shape['fsdp']
+
   def check_batch(self, batch_size: int) -> None:
-    parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    parts = self.batch_parts
     if batch_size % parts:
       raise ValueError(f'batch {batch_size} is not a multiple of data x fsdp = {parts}; choose a multiple of {parts}')
     # Rows are dealt to processes: those of one part of the batch must all lie with one of them.

@@ -7,6 +7,8 @@ import pytest
 
 from musiclm_jax import specs
 from musiclm_jax.codec import discriminators, objective
+from musiclm_jax.data import token_counts
+from musiclm_jax.training import metrics
 from tests.codec import configs
 
 TRAINING = configs.TRAINING
@@ -173,6 +175,36 @@ def test_evaluation_reports_quality_by_number_of_levels():
 
   _, aux = evaluate(params)
   assert {'log_mel_distance', 'log_mel_distance_1_levels', 'si_sdr', 'si_sdr_1_levels'} <= set(aux.metrics)
+
+
+def test_held_out_perplexity_is_that_of_all_batches_together():
+  graph, params, buffers = split()
+  loss = jax.jit(lambda given: TRAINING.loss(
+      nnx.merge(graph, params, buffers), given, jax.random.key(0), training=False))
+  given = [batch(seed=seed) for seed in (1, 2)]
+  found = metrics.held_out(TRAINING, lambda x, key: loss(x), given, jax.random.key(0))
+  encode = jax.jit(nnx.merge(graph, params, buffers).encode)
+  codes_BxFxQ = np.concatenate([encode(x['audio']) for x in given])
+  count_QxK = token_counts.level_counts(codes_BxFxQ, TRAINING.codec.codebook_size)
+  for level, count_K in enumerate(count_QxK):
+    assert found[f'perplexity_{level + 1}'] == pytest.approx(token_counts.perplexity(count_K), rel=1e-5)
+    assert found[f'codes_used_share_{level + 1}'] == pytest.approx(np.mean(count_K > 0))
+  assert found['perplexity_frames'] == codes_BxFxQ[..., 0].size
+  alone = metrics.held_out(TRAINING, lambda x, key: loss(x), given[:1], jax.random.key(0))
+  assert alone['perplexity_1'] != pytest.approx(found['perplexity_1'], rel=1e-3)
+
+
+def test_media_are_the_clips_and_their_reconstructions():
+  training = configs.replace(TRAINING, codec=configs.replace(TRAINING.codec, levels=6))
+  model = training.model(nnx.Rngs(0))
+  given = batch(2)
+  media = jax.jit(training.media)(model, given)
+  assert media.sample_rate == training.codec.sample_rate
+  assert list(media.audio) == ['levels_01', 'levels_04', 'levels_06', 'original']
+  np.testing.assert_array_equal(media.audio['original'], given['audio'])
+  for levels in (1, 4, 6):
+    decoded = model.decode(model.encode(given['audio'], levels))
+    np.testing.assert_allclose(media.audio[f'levels_{levels:02}'], decoded, rtol=1e-4, atol=1e-5)
 
 
 def test_reconstruction_loss_is_zero_for_equal_audio_and_its_unit_is_one_neper():

@@ -8,6 +8,7 @@ import pytest
 
 from musiclm_jax.evaluation import probes, semantic_figures
 from musiclm_jax.objective import Aux
+from musiclm_jax.semantic.objective import W2vBertTraining
 
 K, FRAMES, CLIPS = 8, 48, 60
 
@@ -87,6 +88,9 @@ class Objective:
     bits = -model.logits[...][batch['target']]
     counts = jnp.zeros((1, 3)).at[0, batch['target'].reshape(-1)].add(1.0)
     return bits.mean(), Aux({'masked_cross_entropy': bits.mean()}, {'hard': counts})
+
+  def evaluated(self, statistics):
+    return W2vBertTraining.evaluated(self, statistics)
 
 
 def test_target_entropy_is_that_of_all_held_out_batches():

@@ -194,6 +194,17 @@ def test_every_explained_figure_has_words_and_known_sections():
   assert [s.name for s in tables.sections(GOOD)] == ['generation', 'stages', 'codec', 'mulan', 'semantic']
 
 
+def test_spectrograms_of_sounds_are_one_picture():
+  t = np.arange(4800) / 24000
+  tone = 0.3 * np.sin(2 * np.pi * 1000 * t)
+  one = pictures.spectrograms({'tone': tone}, 24000)
+  three = pictures.spectrograms({'tone': tone, 'silence': 0 * tone, 'nothing': np.full_like(tone, np.nan)}, 24000)
+  assert one.dtype == three.dtype == np.uint8
+  assert three.shape == (3 * one.shape[0], one.shape[1], 3)
+  tone_mean, silence_mean, _ = (panel.mean() for panel in np.split(three, 3))
+  assert tone_mean > silence_mean + 1
+
+
 def test_spectrogram_of_a_tone_is_bright_at_its_pitch():
   t = np.arange(24000) / 24000
   low, high = (pictures.spectrogram(0.3 * np.sin(2 * np.pi * hz * t)).mean(0).argmax() for hz in (200, 4000))
