@@ -12,7 +12,6 @@ from typing import Any
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.progress
 
@@ -59,8 +58,10 @@ def held_out(objective: Objective, evaluate: Callable[[Any, jax.Array], tuple[ja
   total, count = None, 0
   for batch in batches:
     loss, aux = evaluate(batch, jax.random.fold_in(key, count))
-    values = {'loss': loss, **aux.metrics}, aux.statistics
-    total = values if total is None else jax.tree.map(jnp.add, total, values)
+    # Fetched before the next one begins: of several at a time, the collectives of processes on CPUs may meet in
+    # another order, and then wait for one another for ever.
+    values = jax.device_get(({'loss': loss, **aux.metrics}, aux.statistics))
+    total = values if total is None else jax.tree.map(np.add, total, values)
     count += 1
   if total is None:
     raise ValueError('evaluation: there are no held-out batches')
