@@ -93,6 +93,7 @@ def main() -> None:
   print('|---|---|---|---|' + '---|---|' * len(chips))
   for name in (*WAVEFORMS, *STAGES):
     data = {'RECORDS': folder / 'records'} if name in WAVEFORMS else {'TOKENS': folder / 'tokens'}
+    data |= {'MULAN_CHUNKS': 1} if name == 'mulan' else {}  # towers in parts save memory, and change no operation
     built = experiment(name, args.size, **data, BATCH_SIZE=ROWS)
     batches, objective = built.argument('batches'), built.argument('objective')
     if name in WAVEFORMS:
