@@ -19,8 +19,9 @@ class Aux(NamedTuple):
   """What a loss returns beside the scalar.
 
   Attributes:
-    metrics: scalars for the log, each a mean over the examples of the (micro)batch. `x_chance` is the value of
-      `x` at which nothing has been learned; the trainer warns of it.
+    metrics: scalars for the log, each a mean over the examples of the (micro)batch. Metrics of an objective may
+      come with a bar, of which the trainer warns: `x_chance` is the value of `x` at which nothing has been learned,
+      `x_floor` one under which something has collapsed.
     statistics: a pytree of sums over the examples, added over microbatches and over the mesh, then handed
       to `Objective.update` once a step; in evaluation added over the batches, too, then handed to
       `Objective.evaluated`. Empty for most objectives.

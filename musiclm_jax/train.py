@@ -32,7 +32,7 @@ class Cadence:
 
   Attributes:
     eval_batches: held-out batches of an evaluation. keep: checkpoints kept.
-    chance_after: steps until a loss at its chance level raises the alarm.
+    alarm_after: steps until a metric at its chance level, or under its floor, raises the alarm.
     tensorboard: whether reports go to TensorBoard, too, and with each evaluation what there is to hear of the first
       `clips` examples of the held-out ones.
   """
@@ -42,7 +42,7 @@ class Cadence:
   eval_every: int = 0
   eval_batches: int = 4
   keep: int = 2
-  chance_after: int = 500
+  alarm_after: int = 500
   tensorboard: bool = False
   clips: int = 4
 
@@ -69,11 +69,17 @@ class InitFrom:
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-  """float32 parameters and optimizer always; `compute` is what the networks run in on the way."""
+  """float32 parameters and optimizer always; `compute` is what the networks run in on the way.
+
+  Attributes:
+    max_skipped: how many steps in succession whose gradient is not finite are left out before the run ends. They are
+      counted in the metric `skipped`. With 0 none is left out: the run ends with the loss that follows.
+  """
 
   compute: str = 'float32'
   microbatches: int = 1
   ema_decay: float = 0.0
+  max_skipped: int = 0
 
 
 def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: str, num_steps: int,
@@ -98,8 +104,8 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
     configuration: text that starts the same run again; kept as `config.gin` and in every checkpoint.
 
   Returns the last state (None for a dry run). Raises ValueError for what the user can put right,
-  `metrics.NonFiniteLoss` where the loss of a step is not finite, `workdir.Stopped` after SIGTERM or Ctrl-C, with a
-  checkpoint of the step that was running.
+  `metrics.NonFiniteLoss` where the loss of a step, or more gradients in succession than may be, are not finite,
+  `workdir.Stopped` after SIGTERM or Ctrl-C, with a checkpoint of the step that was running.
   """
   if isinstance(init_from, str):
     init_from = InitFrom(init_from)
@@ -137,7 +143,9 @@ class _Run:
     self.abstract = jax.eval_shape(self.create, self.init_key)
     self.shardings = partitioner.state_shardings(self.skeleton, self.abstract)
     step = states.make_step(objective, self.skeleton, self.optimizer, microbatches=precision.microbatches,
-                            compute_dtype=jnp.dtype(precision.compute), ema_decay=precision.ema_decay)
+                            compute_dtype=jnp.dtype(precision.compute), ema_decay=precision.ema_decay,
+                            skip_nonfinite=precision.max_skipped > 0)
+    self.max_skipped = precision.max_skipped
     self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
     # What comes out is read on the host: each process needs the whole of it.
     self.evaluate = jax.jit(lambda state, batch, key: objective.loss(
@@ -289,7 +297,8 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
   writer = metrics.MetricsWriter(run.workdir, first, tensorboard=cadence.tensorboard)
   if first >= last:
     return state
-  alarm = metrics.ChanceAlarm(cadence.chance_after)
+  alarm = metrics.BarAlarm(cadence.alarm_after)
+  skipped = metrics.SkippedSteps(run.max_skipped)
   progress = metrics.Progress(pathlib.Path(run.workdir).name, first, last)
   feed = Prefetch(batches, first, last - first, process_index=jax.process_index(), process_count=jax.process_count(),
                   processes=run.data_processes)
@@ -305,10 +314,14 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
     done, values = pending
     pending = None
     metrics.check_finite(done, values['loss'], lambda: _keep_batch(run, batches, done))
+    if 'skipped' in values:
+      skipped(done, values['skipped'])
     checkpoints.check()  # a save that failed ends the run now, not at the next save
     report = every(done, cadence.log_every) or done == last
     if report:
       flat = metrics.scalars(jax.device_get(values))
+      if 'skipped' in flat:  # of all steps since the last report, so that the lines of a run add up
+        flat['skipped'] = skipped.report()
       writer.write(done, flat)
       alarm(done, flat)
       if waits(feed.waited_share):

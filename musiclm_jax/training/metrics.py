@@ -4,11 +4,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 import functools
 import json
+import operator
 import os
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 import jax
@@ -18,8 +19,20 @@ import rich.progress
 from musiclm_jax.objective import Aux, Media, Objective
 from musiclm_jax.training.tensorboard import EventFile
 
-# Metrics named `x_chance` hold the value of `x` at which nothing has been learned.
-CHANCE_SUFFIX = '_chance'
+
+class _Bar(NamedTuple):
+  """What a metric whose name ends in a suffix says of the metric without it; `wrong(value, bar)` raises the alarm."""
+
+  wrong: Callable[[float, float], bool]
+  words: str
+
+
+# A loss within a hundredth of chance has learned nothing either.
+_BARS = {
+    '_chance': _Bar(
+        lambda value, bar: value > bar - 0.01, 'at its chance level {:.4f}: nothing has been learned so far'),
+    '_floor': _Bar(operator.lt, 'under its floor {:.4f}: it has collapsed'),
+}
 
 Draw = Callable[[dict[str, np.ndarray], int], np.ndarray]  # sounds [N] by name, their rate -> picture uint8 [H, W, 3]
 
@@ -31,6 +44,15 @@ class NonFiniteLoss(RuntimeError):
     where = f' ({examples})' if examples else ': it is a pure function of the seed and the step'
     super().__init__(f'the loss of step {step} is {loss}; nothing of this step was saved. Lower the learning rate, or '
                      f'look at the batch of step {step}{where}')
+
+
+class NonFiniteGradient(NonFiniteLoss):
+  """The gradients of more steps in succession were not finite than may be left out."""
+
+  def __init__(self, step: int, count: int):
+    RuntimeError.__init__(
+        self, f'the gradients of {count} steps in succession, up to step {step}, are not finite; nothing of them was '
+        'applied or saved. Lower the learning rate, or look at the data')
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -138,22 +160,53 @@ def check_finite(step: int, loss: Any, keep_examples: Callable[[], pathlib.Path 
     raise NonFiniteLoss(step, float(loss), keep_examples())
 
 
-class ChanceAlarm:
-  """Warns once when a metric still sits at its chance level after the warm-up."""
+class BarAlarm:
+  """Warns once of a metric that is on the wrong side of a bar after the warm-up.
 
-  def __init__(self, after: int, tolerance: float = 0.01):
-    self._after, self._tolerance = after, tolerance
+  An objective names a bar by a metric beside the one that it is for: at `x_chance` nothing has been learned, under
+  `x_floor` something has collapsed.
+  """
+
+  def __init__(self, after: int):
+    self._after = after
     self._warned: set[str] = set()
 
   def __call__(self, step: int, values: Mapping[str, float]) -> None:
-    for name, chance in values.items():
-      metric = name.removesuffix(CHANCE_SUFFIX)
-      if metric == name or step < self._after or metric in self._warned or metric not in values:
-        continue
-      if values[metric] > chance - self._tolerance:
-        self._warned.add(metric)
-        logging.warning('step %d: %s is %.4f, at its chance level %.4f: nothing has been learned so far',
-                        step, metric, values[metric], chance)
+    if step < self._after:
+      return
+    for name, bar in values.items():
+      for suffix, kind in _BARS.items():
+        metric = name.removesuffix(suffix)
+        if metric == name or name in self._warned or metric not in values or not kind.wrong(values[metric], bar):
+          continue
+        self._warned.add(name)
+        logging.warning('step %d: %s is %.4f, %s', step, metric, values[metric], kind.words.format(bar))
+
+
+class SkippedSteps:
+  """Counts the steps that were left out because their gradient was not finite, and ends a run that only does that.
+
+  Attributes:
+    since_report: how many since `report` was last called.
+  """
+
+  def __init__(self, limit: int):
+    self._limit, self._in_succession, self.since_report = limit, 0, 0
+
+  def __call__(self, step: int, skipped: Any) -> None:
+    """Takes the `skipped` of a step, 1 or 0. Raises `NonFiniteGradient` past `limit` of them in succession."""
+    if not skipped:
+      self._in_succession = 0
+      return
+    self._in_succession += 1
+    self.since_report += 1
+    logging.warning('step %d: the gradient is not finite; the step was left out', step)
+    if self._in_succession > self._limit:
+      raise NonFiniteGradient(step, self._in_succession)
+
+  def report(self) -> float:
+    count, self.since_report = self.since_report, 0
+    return float(count)
 
 
 class WaitAlarm:

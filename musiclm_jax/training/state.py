@@ -150,9 +150,14 @@ def gradients(objective: Objective, skeleton: Skeleton, state: TrainState, batch
 
 
 def make_step(objective: Objective, skeleton: Skeleton, optimizer: optax.GradientTransformation, *,
-              microbatches: int = 1, compute_dtype: Any = jnp.float32, ema_decay: float = 0.0
+              microbatches: int = 1, compute_dtype: Any = jnp.float32, ema_decay: float = 0.0,
+              skip_nonfinite: bool = False
               ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-  """The training step: a pure function of (state, batch, the run's key)."""
+  """The training step: a pure function of (state, batch, the run's key).
+
+  With `skip_nonfinite`, a step whose gradient or statistics are not finite changes nothing but the step number, and
+  the metric `skipped` is 1.
+  """
 
   def step(state: TrainState, batch: Batch, run_key: jax.Array):
     # The step's randomness depends on (seed, step) alone, which is what makes a resumed run exact.
@@ -164,9 +169,21 @@ def make_step(objective: Objective, skeleton: Skeleton, optimizer: optax.Gradien
     buffers, update_metrics = objective.update(state.buffers, aux.statistics, update_key)
     ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state.ema, params) if state.ema else {}
     metrics = {'loss': loss, **aux.metrics, **update_metrics, **_norms(objective, grads)}
-    return TrainState(state.step + 1, params, buffers, opt_state, ema), metrics
+    after = TrainState(state.step + 1, params, buffers, opt_state, ema)
+    if skip_nonfinite:
+      fine = _finite((grads, aux.statistics))
+      unchanged = dataclasses.replace(state, step=after.step)
+      after = jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, unchanged)
+      metrics['skipped'] = 1.0 - fine
+    return after, metrics
 
   return step
+
+
+def _finite(tree: Tree) -> jax.Array:
+  """Whether all numbers are finite."""
+  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]).all()
 
 
 def _norms(objective: Objective, grads: Tree) -> dict[str, jax.Array]:

@@ -103,6 +103,22 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole(fitted, x_BxTxD):
   jax.tree.map(lambda w, a, b: np.testing.assert_allclose(w, a + b, atol=1e-5), whole.statistics, *parts)
 
 
+def test_candidates_are_residuals_of_their_level_from_all_over_the_global_batch(fitted, x_BxTxD):
+  """Also where the batch arrives in parts: each part gives the rows that it has, and zeros for the others."""
+  parts = [fitted.quantize(x_BxTxD[i::3], slot_B=jnp.arange(6)[i::3], batch_size=6, key=jax.random.key(4))
+           for i in range(3)]
+  candidates_QxMxD = sum(np.asarray(p.statistics['candidates']) for p in parts)
+  indices = fitted.encode(x_BxTxD)
+  origins = set()
+  for level in range(Q):
+    before = fitted.decode(indices[..., :level]) if level else jnp.zeros_like(x_BxTxD)
+    residuals_NxD = np.asarray(x_BxTxD - before).reshape(-1, D)
+    distance_MxN = np.abs(candidates_QxMxD[level][:, None] - residuals_NxD).max(-1)
+    np.testing.assert_allclose(distance_MxN.min(-1), 0, atol=1e-5)
+    origins |= set((distance_MxN.argmin(-1) // 20).tolist())
+  assert origins == set(range(6))
+
+
 def test_commitment_pulls_the_input_to_its_codes(fitted, x_BxTxD):
   gradient = jax.grad(lambda x: fitted.quantize(x, levels_B=jnp.ones((6,), int)).commitment_B.sum())(x_BxTxD)
   code = fitted.decode(fitted.encode(x_BxTxD, 1))

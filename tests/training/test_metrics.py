@@ -108,7 +108,7 @@ def test_vectors_become_numbered_scalars():
 
 
 def test_the_alarm_rings_once_and_only_at_chance(caplog):
-  alarm = metrics.ChanceAlarm(after=100)
+  alarm = metrics.BarAlarm(after=100)
   with caplog.at_level('WARNING'):
     alarm(50, {'loss': 6.238, 'loss_chance': 6.238})
     assert not caplog.records
@@ -117,6 +117,29 @@ def test_the_alarm_rings_once_and_only_at_chance(caplog):
     for step in (110, 120):
       alarm(step, {'loss': 6.236, 'loss_chance': 6.238})
   assert len(caplog.records) == 1 and 'chance level 6.2380' in caplog.text
+
+
+def test_a_collapse_under_a_floor_is_told_once_with_step_and_figures(caplog):
+  alarm = metrics.BarAlarm(after=100)
+  with caplog.at_level('WARNING'):
+    alarm(50, {'perplexity_1': 3.0, 'perplexity_1_floor': 51.2})
+    alarm(110, {'perplexity_1': 60.0, 'perplexity_1_floor': 51.2, 'perplexity_2': 1.0})
+    assert not caplog.records
+    for step in (120, 130):
+      alarm(step, {'perplexity_1': 12.5, 'perplexity_1_floor': 51.2})
+  assert len(caplog.records) == 1
+  assert 'step 120: perplexity_1 is 12.5000, under its floor 51.2000' in caplog.text
+
+
+def test_skipped_steps_are_counted_and_too_many_in_succession_end_the_run(caplog):
+  skipped = metrics.SkippedSteps(limit=2)
+  for step, value in enumerate((0, 1, 1, 0, 1)):
+    skipped(step, value)
+  assert skipped.report() == 3 and skipped.report() == 0
+  skipped(5, 1)
+  with pytest.raises(metrics.NonFiniteGradient, match='gradients of 3 steps in succession, up to step 6'):
+    skipped(6, 1)
+  assert 'step 1: the gradient is not finite' in caplog.text
 
 
 @pytest.mark.parametrize('loss', [float('nan'), float('inf'), -float('inf')])

@@ -51,6 +51,40 @@ def test_each_group_is_clipped_on_its_own():
   assert moved['extra'] == pytest.approx(float(metrics['gradient_norm_extra']), rel=1e-4)
 
 
+class Spoilt(Regression):
+  """A finite loss, whose gradient is not finite where `spoilt` says so."""
+
+  spoilt = 'gradient'
+
+  def loss(self, model, batch, key, *, training):
+    loss, aux = super().loss(model, batch, key, training=training)
+    if self.spoilt == 'gradient':
+      loss = loss + jnp.sqrt(jnp.sum(0 * model.w[...]))  # 0, with an infinite slope
+    if self.spoilt == 'statistics':
+      aux = aux._replace(statistics={'seen': jnp.float32(jnp.inf)})
+    return loss, aux
+
+
+@pytest.mark.parametrize('spoilt, microbatches', [('gradient', 1), ('gradient', 2), ('statistics', 1)])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step(spoilt, microbatches):
+  objective = Spoilt()
+  object.__setattr__(objective, 'spoilt', spoilt)
+  options = {'ema_decay': 0.9, 'microbatches': microbatches}
+  before, after, metrics = one_step(objective, skip_nonfinite=True, **options)
+  assert np.isfinite(metrics['loss']) and metrics['skipped'] == 1 and after.step == 1
+  same = lambda tree: dataclasses.replace(tree, step=jnp.int32(0))
+  jax.tree.map(np.testing.assert_array_equal, same(before), same(after))
+  _, spoiled, _ = one_step(objective, **options)
+  assert not all(np.isfinite(x).all() for x in jax.tree.leaves(spoiled))
+
+
+def test_a_finite_step_is_the_same_whether_others_may_be_skipped_or_not():
+  _, plain, _ = one_step(Regression())
+  _, after, metrics = one_step(Regression(), skip_nonfinite=True)
+  assert metrics['skipped'] == 0
+  jax.tree.map(np.testing.assert_array_equal, plain, after)
+
+
 def test_moving_average_of_the_parameters():
   before, after, _ = one_step(Regression(), ema_decay=0.9)
   np.testing.assert_allclose(after.ema['w'], 0.9 * before.params['w'] + 0.1 * after.params['w'], rtol=1e-6)
