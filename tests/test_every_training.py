@@ -1,4 +1,5 @@
 """What holds for each of the six trainings: microbatches, meshes, processes and kills change nothing."""
+import importlib.util
 import json
 import os
 import random
@@ -199,14 +200,16 @@ def test_a_run_killed_inside_a_checkpoint_write_ends_bit_for_bit_like_an_unbroke
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['codec', 'coarse_lm'])
 def test_two_processes_equal_one(name, tokens, environment, tmp_path):
-  finish(command(name, tokens, tmp_path / 'one', 4), environment)
+  # Sounds and pictures too: one process alone with a computation of the mesh would wait for the other for ever.
+  macros = {'TENSORBOARD': importlib.util.find_spec('tensorboardX') is not None}
+  finish(command(name, tokens, tmp_path / 'one', 4, **macros), environment)
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
   processes = []
   for index in range(2):
     cluster = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(index)}
-    processes.append(subprocess.Popen([*command(name, tokens, tmp_path / 'two', 4), '--distributed'],
+    processes.append(subprocess.Popen([*command(name, tokens, tmp_path / 'two', 4, **macros), '--distributed'],
                                       env={**environment, **cluster}, stderr=subprocess.PIPE, text=True))
   for process in processes:
     _, errors = process.communicate(timeout=900)
@@ -215,3 +218,4 @@ def test_two_processes_equal_one(name, tokens, environment, tmp_path):
             if json.loads(line)['part'] == 'train'] for w in ('one', 'two')]
   assert len(lines[0]) == len(lines[1]) == 4
   np.testing.assert_allclose(lines[0], lines[1], rtol=1e-4)
+  assert len(list((tmp_path / 'two').glob('tensorboard/*'))) == macros['TENSORBOARD']
