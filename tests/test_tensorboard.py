@@ -13,7 +13,7 @@ CLIPS = 3  # fewer than what the mesh deals out
 
 def codec(audio, steps, **macros):
   given = {'TENSORBOARD': True, 'EVAL_EVERY': 1, 'LOG_EVERY': 1, 'train.Cadence.clips': CLIPS,
-           'train.Cadence.eval_batches': 2, 'partition.Partitioner.data': 2, 'partition.Partitioner.fsdp': 2}
+           'train.Cadence.eval_batches': 2, 'partition.Partitioner.data': 2}
   return experiment('codec', RECORDS=audio, NUM_STEPS=steps, **given, **macros)
 
 

@@ -135,8 +135,8 @@ class MetricsWriter:
         self._events.picture(step, f'clip_{i + 1}/pictures', picture_HxWx3)
 
   def close(self) -> None:
-    if self._events:
-      self._events.close()
+    if events := self.__dict__.get('_events'):  # asking for it would open it
+      events.close()
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:

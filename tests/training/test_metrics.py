@@ -68,7 +68,7 @@ def test_sounds_and_pictures_of_each_example_go_to_tensorboard(tmp_path):
 
 
 def test_a_writer_with_nothing_to_write_or_without_tensorboard_leaves_no_event_file(tmp_path):
-  metrics.MetricsWriter(tmp_path, 20, tensorboard=True)
+  metrics.MetricsWriter(tmp_path, 20, tensorboard=True).close()
   writer = metrics.MetricsWriter(tmp_path)
   writer.write(1, {'loss': 1.0})
   writer.write_media(1, Media({'x': np.zeros((1, 4))}, 8000), lambda sounds, rate: np.zeros((1, 1, 3), np.uint8))
