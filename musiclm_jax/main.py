@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,6 +140,14 @@ def _start_logging() -> None:
   handler.addFilter(lambda record: record.levelno >= logging.WARNING or 'musiclm_jax' in record.pathname)
   logger = logging.getLogger('absl')
   logger.handlers, logger.propagate = [handler], False
+  # The trainer says in one line why a save failed; Orbax's threads and tasks would tell it again with tracebacks.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  threading.excepthook = _unless_orbax
+
+
+def _unless_orbax(found: threading.ExceptHookArgs) -> None:
+  if not any('orbax' in Path(frame.filename).parts for frame in traceback.extract_tb(found.exc_traceback)):
+    threading.__excepthook__(found)
 
 
 def extract(args: argparse.Namespace) -> None:
