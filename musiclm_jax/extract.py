@@ -84,6 +84,9 @@ def _check_audio(audio_dir: str | os.PathLike, audio: records.Manifest, cascade:
   if there != wanted:
     raise ValueError(f'{audio_dir} has {there} samples a second, the networks were trained with {wanted}: prepare the '
                      'music again')
+  if (channels := records.channels_of(audio.header)) != 1:
+    raise ValueError(f'{audio_dir} has {channels} channels, and tokens are of mono music: prepare the music again with '
+                     '--channels 1')
   if not any(audio.records(split) for split in audio.splits):
     raise ValueError(f'{audio_dir} holds no records: {audio.summary()}')
 

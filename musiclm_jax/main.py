@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,6 +81,8 @@ def prepare(args: argparse.Namespace) -> None:
   if bool(args.composer) == bool(args.audio_dir):
     raise UsageError('give either --audio_dir (your music) or --composer SIZE (the built-in music)')
   if args.composer:
+    if args.sample_rate or args.channels:
+      raise UsageError('--sample_rate and --channels belong to --audio_dir; the built-in music is mono at 24 kHz')
     if args.captions:
       raise UsageError('--captions belong to --audio_dir; the built-in music has its own')
     run = _late('data.prepare', 'prepare_composer')
@@ -90,7 +93,7 @@ def prepare(args: argparse.Namespace) -> None:
   if args.captions:
     _existing(args.captions, '--captions')
   run = _late('data.prepare', 'prepare_folder')
-  options = _given(args, 'captions', 'caption_column', 'min_seconds', 'workers')
+  options = _given(args, 'captions', 'caption_column', 'min_seconds', 'sample_rate', 'channels', 'workers')
   print(run(args.audio_dir, args.output_dir, progress=_progress, **options).summary())
 
 
@@ -137,6 +140,14 @@ def _start_logging() -> None:
   handler.addFilter(lambda record: record.levelno >= logging.WARNING or 'musiclm_jax' in record.pathname)
   logger = logging.getLogger('absl')
   logger.handlers, logger.propagate = [handler], False
+  # The trainer says in one line why a save failed; Orbax's threads and tasks would tell it again with tracebacks.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  threading.excepthook = _unless_orbax
+
+
+def _unless_orbax(found: threading.ExceptHookArgs) -> None:
+  if not any('orbax' in Path(frame.filename).parts for frame in traceback.extract_tb(found.exc_traceback)):
+    threading.__excepthook__(found)
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -178,7 +189,7 @@ def codec(args: argparse.Namespace) -> None:
   _existing(args.input, args.action)
   if args.action != 'encode' and not args.output.endswith('.wav'):
     raise UsageError(f'{args.output}: name a .wav file')
-  transcoder = transcode.Transcoder(transcode.load(args.codec))
+  transcoder = transcode.Transcoder(transcode.load(args.codec), denoise=args.denoise)
   run = {'encode': transcoder.encode, 'decode': transcoder.decode, 'roundtrip': transcoder.round_trip}[args.action]
   print(run(args.input, args.output, **_given(args, 'levels')).text())
 
@@ -208,8 +219,19 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-  _existing(args.workdir, '--workdir')
-  _late('evaluate', 'evaluate')(args.workdir, **_given(args, 'output', 'seed'))
+  if bool(args.workdir) == bool(args.codec) or bool(args.codec) != bool(args.audio_dir):
+    raise UsageError('give either --workdir (a set of trained runs), or --codec and --audio_dir (a codec, any music)')
+  for name in ('workdir', 'codec', 'audio_dir'):
+    if getattr(args, name):
+      _existing(getattr(args, name), f'--{name}')
+  if args.workdir:
+    if args.max_seconds:
+      raise UsageError('--max_seconds belongs to --audio_dir')
+    _late('evaluate', 'evaluate')(args.workdir, **_given(args, 'output', 'seed'))
+    return
+  run = _late('evaluate_codec', 'evaluate_codec')
+  print(run(args.codec, args.audio_dir, args.output or args.codec, progress=_progress,
+            **_given(args, 'max_seconds', 'seed')).text())
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -227,12 +249,15 @@ def _add_prepare(verb: Callable[..., _Parser]) -> None:
 examples:
   musiclm prepare --audio_dir ~/music --output_dir data/mine
   musiclm prepare --audio_dir ~/music --captions captions.csv --caption_column text --output_dir data/mine
+  musiclm prepare --audio_dir ~/music --sample_rate 48000 --channels 2 --output_dir data/stereo
   musiclm prepare --composer tiny --output_dir data/built_in      # no downloads, no files needed
 ''')
   p.add_argument('--audio_dir', metavar='DIR', help='wav, flac, mp3, ogg files, at any depth')
   p.add_argument('--captions', metavar='FILE', help='CSV, TSV or JSON lines: file name and text')
   p.add_argument('--caption_column', metavar='NAME', help='the column that holds the text')
   p.add_argument('--min_seconds', metavar='S', type=_positive(float), help='shorter recordings are left out')
+  p.add_argument('--sample_rate', metavar='HZ', type=_positive(int), help='of the records; 24000 by default')
+  p.add_argument('--channels', metavar='N', type=_positive(int), help='of the records; 1 by default: the average')
   p.add_argument('--composer', metavar='SIZE', type=_composer_size,
                  help=f'built-in music: {", ".join(SIZES)}, or a number of clips to train on')
   p.add_argument('--output_dir', metavar='DIR', required=True, help='where the records go')
@@ -311,6 +336,7 @@ examples:
   p.add_argument('output', metavar='OUT')
   p.add_argument('--codec', metavar='DIR', required=True, help='the run of a trained codec')
   p.add_argument('--levels', metavar='N', type=_positive(int), help='levels of the quantizer; all by default')
+  p.add_argument('--denoise', action='store_true', help='take noise out, with a codec that was trained for it')
 
 
 def _add_reproduce(verb: Callable[..., _Parser]) -> None:
@@ -339,12 +365,16 @@ example:
 
 
 def _add_evaluate(verb: Callable[..., _Parser]) -> None:
-  p = verb('evaluate', evaluate, 'measure a set of trained runs and write a report', '''
-example:
+  p = verb('evaluate', evaluate, 'measure a set of trained runs and write a report, or a codec on any music', '''
+examples:
   musiclm evaluate --workdir runs --output runs/report
+  musiclm evaluate --codec runs/codec --audio_dir ~/music --output runs/codec_on_my_music
 ''')
-  p.add_argument('--workdir', metavar='DIR', required=True, help='the folder that holds the trained runs')
-  p.add_argument('--output', metavar='DIR', help='where the report goes; the workdir if not given')
+  p.add_argument('--workdir', metavar='DIR', help='the folder that holds the trained runs')
+  p.add_argument('--codec', metavar='DIR', help='the run of a trained codec: each number of levels, beside Opus')
+  p.add_argument('--audio_dir', metavar='DIR', help='with --codec: wav, flac, mp3, ogg files, at any depth')
+  p.add_argument('--max_seconds', metavar='S', type=_positive(float), help='with --codec: of each recording')
+  p.add_argument('--output', metavar='DIR', help='where the report goes; the workdir, or the run, if not given')
   p.add_argument('--seed', metavar='N', type=int)
 
 

@@ -53,21 +53,28 @@ def load(workdir: str | os.PathLike) -> Loaded:
 
 
 class Transcoder:
-  """One codec, compiled for blocks of a few seconds, with the state of the stream between them."""
+  """One codec, compiled for blocks of a few seconds, with the state of the stream between them.
 
-  def __init__(self, codec: Loaded):
+  With `denoise`, the half of it that can takes noise out; ValueError where neither can.
+  """
+
+  def __init__(self, codec: Loaded, *, denoise: bool = False):
     self.codec = codec
     self.config = codec.model.config
+    if denoise and not self.config.denoise_at:
+      raise ValueError('this codec cannot take noise out: train one with the file codec/denoising.gin')
     self.block_frames = max(1, round(_BLOCK_SECONDS * self.config.sample_rate / self.config.stride))
-    self._encode = states.compiled(codec.model, 'encode_step')
-    self._decode = states.compiled(codec.model, 'decode_step')
+    asked = lambda half: {'denoise': True} if denoise and self.config.denoise_at == half else {}
+    self._encode = states.compiled(codec.model, 'encode_step', **asked('encoder'))
+    self._decode = states.compiled(codec.model, 'decode_step', **asked('decoder'))
+    self._channels = () if self.config.channels == 1 else (self.config.channels,)
 
   def encode(self, source: str | os.PathLike, target: str | os.PathLike, *, levels: int | None = None) -> Transcoded:
     """An audio file to a compressed one with the first `levels` levels (all of them by default).
 
-    Channels are averaged and other rates resampled. Raises ValueError where the source cannot be read as audio
-    (`data.audio_files.AudioFault`, with the name of the file) or has samples that are no numbers; `target` is then
-    as it was.
+    A codec of one channel hears the average of the file's, other rates are resampled. Raises ValueError where the
+    source cannot be read as audio (`data.audio_files.AudioFault`, with the name of the file), has samples that are no
+    numbers, or other channels than a codec of several takes; `target` is then as it was.
     """
     header = self._header(levels)
     samples = 0
@@ -123,7 +130,7 @@ class Transcoder:
     stride = self.config.stride
     state = self.codec.model.init_state(1)
     blocks = audio_files.segments(source, self.block_frames * stride / self.config.sample_rate,
-                                  self.config.sample_rate)
+                                  self.config.sample_rate, self.config.channels)
     count = 0
     while True:
       try:
@@ -132,7 +139,7 @@ class Transcoder:
         raise ValueError(f'{source}: {fault}') from None
       if block is None:
         break
-      padded = np.zeros((1, self.block_frames * stride), np.float32)
+      padded = np.zeros((1, self.block_frames * stride, *self._channels), np.float32)
       padded[0, :len(block)] = block
       tokens_BxFxQ, state = self._encode(padded, state)
       count += 1
@@ -144,9 +151,9 @@ class Transcoder:
                  samples: Callable[[], int]) -> None:
     """Decodes blocks of tokens [F, Q]; `samples` says, after the last, how many there are of the recording."""
     state = self.codec.model.init_state(1)
-    written, held = 0, np.zeros(0, np.float32)
+    written, held = 0, np.zeros((0, *self._channels), np.float32)
     with records.replacing(target) as file:
-      with soundfile.SoundFile(file, 'w', header.sample_rate, 1, 'PCM_16', format='WAV') as wav:
+      with soundfile.SoundFile(file, 'w', header.sample_rate, self.config.channels, 'PCM_16', format='WAV') as wav:
         for tokens_FxQ in blocks:
           wav.write(held)
           written += len(held)

@@ -1,12 +1,15 @@
 """Recordings through the codec: blocks join without a seam, lengths are exact, and nothing wrong passes."""
 import dataclasses
 import tracemalloc
+import types
 
+from flax import nnx
 import numpy as np
 import pytest
 import soundfile
 
 from musiclm_jax import transcode
+from musiclm_jax.codec import model as soundstream
 from musiclm_jax.codec.bitstream import BitstreamReader
 from musiclm_jax.training import state as states
 from tests.trainings import experiment, write_signals
@@ -78,6 +81,39 @@ def test_other_rates_and_channels_are_taken(transcoder, tmp_path):
   assert made.seconds == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.fixture(scope='module')
+def stereo():
+  """A stereo codec that denoises, untrained."""
+  objective = experiment('codec', **{
+      'CODEC_CHANNELS': 2, 'model.SoundStreamConfig.denoise_at': 'encoder'}).argument('objective')
+  model = soundstream.SoundStream(objective.codec, rngs=nnx.Rngs(0))
+  model.film.bias[...] = model.film.bias[...].at[1].set(1.0)
+  return types.SimpleNamespace(model=model, content_hash='0123456789abcdef')
+
+
+def test_stereo_comes_back_as_stereo(stereo, tmp_path):
+  transcoder = transcode.Transcoder(stereo)
+  source = music(tmp_path / 'a.wav', 40000, channels=2)
+  transcoder.encode(source, tmp_path / 'a.mlc')
+  transcoder.decode(tmp_path / 'a.mlc', tmp_path / 'b.wav')
+  transcoder.round_trip(source, tmp_path / 'c.wav')
+  decoded, _ = soundfile.read(tmp_path / 'b.wav')
+  assert decoded.shape == (40000, 2) and np.abs(decoded[:, 0] - decoded[:, 1]).max() > 1e-3
+  assert (tmp_path / 'b.wav').read_bytes() == (tmp_path / 'c.wav').read_bytes()
+  with pytest.raises(ValueError, match='d.wav: wrong number of channels: 6, where 2 are wanted'):
+    transcoder.encode(music(tmp_path / 'd.wav', 4000, channels=6), tmp_path / 'd.mlc')
+  transcoder.encode(music(tmp_path / 'mono.wav', 4000), tmp_path / 'd.mlc')
+
+
+def test_noise_is_taken_out_where_asked_by_a_codec_that_can(stereo, transcoder, tmp_path):
+  source = music(tmp_path / 'a.wav', 20000, channels=2)
+  transcode.Transcoder(stereo).encode(source, tmp_path / 'a.mlc')
+  transcode.Transcoder(stereo, denoise=True).encode(source, tmp_path / 'b.mlc')
+  assert (tmp_path / 'a.mlc').read_bytes() != (tmp_path / 'b.mlc').read_bytes()
+  with pytest.raises(ValueError, match='this codec cannot take noise out'):
+    transcode.Transcoder(transcoder.codec, denoise=True)
+
+
 @pytest.mark.parametrize('samples', [np.zeros(9000), np.full(9000, 0.5), np.sign(np.sin(np.arange(9000)))])
 def test_silence_direct_current_and_clipping(transcoder, tmp_path, samples):
   soundfile.write(tmp_path / 'a.wav', samples, 24000)
@@ -95,8 +131,9 @@ def test_sources_that_cannot_be_read_leave_the_target_as_it_was(transcoder, tmp_
   soundfile.write(tmp_path / 'none.wav', np.zeros(0), 24000)
   (tmp_path / 'text.wav').write_text('no music')
   for name, message in (('nan', 'non-finite'), ('none', 'empty'), ('text', 'unreadable')):
-    with pytest.raises(ValueError, match=f'{name}.wav: {message}'):
-      transcoder.encode(tmp_path / f'{name}.wav', target)
+    for run in (transcoder.encode, transcoder.round_trip):
+      with pytest.raises(ValueError, match=f'{name}.wav: {message}'):
+        run(tmp_path / f'{name}.wav', target)
   with pytest.raises(FileNotFoundError, match='nothing at'):
     transcoder.encode(tmp_path / 'nowhere.wav', target)
   assert target.read_bytes() == b'before' and not list(tmp_path.glob('.*'))
@@ -127,6 +164,20 @@ def test_memory_does_not_grow_with_the_length(transcoder, tmp_path):
     peaks.append(tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
   assert peaks[1] < peaks[0] + 2e6 < 60e6
+
+
+@pytest.mark.slow
+def test_three_hours(transcoder, tmp_path):
+  samples = 3 * 3600 * 8000 + 1
+  with soundfile.SoundFile(tmp_path / 'a.flac', 'w', 8000, 1, 'PCM_16') as file:
+    minute = 0.3 * np.sin(2 * np.pi * 220 * np.arange(60 * 8000) / 8000)
+    for _ in range(180):
+      file.write(minute)
+    file.write(np.zeros(1))
+  made = transcoder.encode(tmp_path / 'a.flac', tmp_path / 'a.mlc')
+  assert made.seconds == pytest.approx(samples / 8000, abs=1e-3)
+  transcoder.decode(tmp_path / 'a.mlc', tmp_path / 'a.wav')
+  assert soundfile.info(tmp_path / 'a.wav').frames == round(made.seconds * 24000)
 
 
 def test_a_folder_with_a_codec_and_another_network(run, tmp_path):

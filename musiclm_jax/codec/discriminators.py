@@ -1,6 +1,6 @@
 """The discriminators of SoundStream (arXiv 2107.03312, section III-D).
 
-B batch, N samples, T time, F frequency bins, C channels.
+B batch, N samples, A channels of the audio, T time, F frequency bins, C channels of a layer.
 """
 from __future__ import annotations
 
@@ -84,22 +84,24 @@ class _ResidualBlock(nnx.Module):
 
 
 class StftDiscriminator(nnx.Module):
-  """Judges the real and imaginary parts of the STFT; one logit for each downsampled frame."""
+  """Judges the real and imaginary parts of the STFT of all channels; one logit for each downsampled frame."""
 
-  def __init__(self, config: DiscriminatorsConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: DiscriminatorsConfig, channels: int = 1, *, rngs: nnx.Rngs):
     self.config = config
-    self.first = conv.Conv2d(2, config.width, (config.kernel, config.kernel), stride=config.stride, rngs=rngs)
+    self.first = conv.Conv2d(
+        2 * channels, config.width, (config.kernel, config.kernel), stride=config.stride, rngs=rngs)
     widths = [config.width, *(m * config.width for m in config.multipliers)]
     for i, stride in enumerate(config.strides):
       setattr(self, f'block_{i}', _ResidualBlock(widths[i], widths[i + 1], stride, rngs=rngs))
     self.last = conv.Conv2d(widths[-1], 1, (1, config.last_bins), padding='VALID', rngs=rngs)
 
-  def __call__(self, audio_BxN: jax.Array) -> Judgement:
+  def __call__(self, audio_BxNxA: jax.Array) -> Judgement:
     window = self.config.window
     # Scaled to unit energy of the window: noise keeps its level whatever the window.
     scale = float((spectral.hann(window) ** 2).sum()) ** -0.5
-    spectrum = spectral.stft(audio_BxN, window, self.config.hop)[..., :window // 2] * scale
-    x = _activation(self.first(jnp.stack([spectrum.real, spectrum.imag], axis=-1)))
+    spectra = [spectral.stft(audio_BxNxA[..., a], window, self.config.hop)[..., :window // 2] * scale
+               for a in range(audio_BxNxA.shape[-1])]
+    x = _activation(self.first(jnp.stack([part for s in spectra for part in (s.real, s.imag)], axis=-1)))
     features = [x]
     for i in range(len(self.config.strides)):
       x = getattr(self, f'block_{i}')(x)
@@ -112,9 +114,9 @@ class WaveformDiscriminator(nnx.Module):
 
   GROUPED = 4
 
-  def __init__(self, config: DiscriminatorsConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: DiscriminatorsConfig, channels: int = 1, *, rngs: nnx.Rngs):
     width = config.waveform_width
-    self.layer_0 = conv.Conv1d(1, width, 15, rngs=rngs)
+    self.layer_0 = conv.Conv1d(channels, width, 15, rngs=rngs)
     for i in range(self.GROUPED):
       next_width = min(4 * width, config.waveform_max_width)
       layer = conv.Conv1d(width, next_width, 41, stride=4, groups=max(1, width // 4), rngs=rngs)
@@ -123,9 +125,8 @@ class WaveformDiscriminator(nnx.Module):
     self.layer_5 = conv.Conv1d(width, width, 5, rngs=rngs)
     self.last = conv.Conv1d(width, 1, 3, rngs=rngs)
 
-  def __call__(self, audio_BxN: jax.Array) -> Judgement:
-    x = audio_BxN[..., None]
-    features = []
+  def __call__(self, audio_BxNxA: jax.Array) -> Judgement:
+    x, features = audio_BxNxA, []
     for i in range(self.GROUPED + 2):
       x = _activation(getattr(self, f'layer_{i}')(x))
       features.append(x)
@@ -133,24 +134,40 @@ class WaveformDiscriminator(nnx.Module):
 
 
 class Discriminators(nnx.Module):
-  """All discriminators; each waveform scale hears the audio at half the rate of the one before."""
+  """All discriminators; each waveform scale hears the audio at half the rate of the one before.
 
-  def __init__(self, config: DiscriminatorsConfig, *, rngs: nnx.Rngs):
+  They hear the channels of the audio together: how those belong together is part of what makes it sound real.
+  """
+
+  def __init__(self, config: DiscriminatorsConfig, channels: int = 1, *, rngs: nnx.Rngs):
     self.config = config
-    self.stft = StftDiscriminator(config, rngs=rngs)
+    self.stft = StftDiscriminator(config, channels, rngs=rngs)
     for i in range(config.waveform_scales):
-      setattr(self, f'waveform_{i}', WaveformDiscriminator(config, rngs=rngs))
+      setattr(self, f'waveform_{i}', WaveformDiscriminator(config, channels, rngs=rngs))
 
   def __call__(self, audio_BxN: jax.Array) -> list[Judgement]:
-    judgements = [self.stft(audio_BxN)]
+    """Judges [B, N], or [B, N, A] where there are more channels than one."""
+    x_BxNxA = audio_BxN.reshape(*audio_BxN.shape[:2], -1)
+    judgements = [self.stft(x_BxNxA)]
     for i in range(self.config.waveform_scales):
-      judgements.append(getattr(self, f'waveform_{i}')(audio_BxN))
-      audio_BxN = audio_BxN[:, :audio_BxN.shape[1] // 2 * 2].reshape(audio_BxN.shape[0], -1, 2).mean(axis=-1)
+      judgements.append(getattr(self, f'waveform_{i}')(x_BxNxA))
+      batch, length, channels = x_BxNxA.shape
+      x_BxNxA = x_BxNxA[:, :length // 2 * 2].reshape(batch, -1, 2, channels).mean(axis=2)
     return judgements
 
 
 def _mean_per_example(x_Bx_: jax.Array) -> jax.Array:
   return jnp.mean(x_Bx_.astype(jnp.float32).reshape(x_Bx_.shape[0], -1), axis=-1)
+
+
+def balance(real: list[Judgement], fake: list[Judgement]) -> dict[str, jax.Array]:
+  """Who is winning: the mean logit and the share judged right (by its sign), of real and of decoded audio.
+
+  A share of 1 on both sides leaves the generator without a direction; shares of 0.5 leave the discriminators unused.
+  """
+  mean = lambda values: sum(jnp.mean(v.astype(jnp.float32)) for v in values) / len(values)
+  return {'logit_real': mean([r.logits for r in real]), 'logit_decoded': mean([f.logits for f in fake]),
+          'judged_real': mean([r.logits > 0 for r in real]), 'judged_decoded': mean([f.logits < 0 for f in fake])}
 
 
 def discriminator_loss(real: list[Judgement], fake: list[Judgement]) -> jax.Array:

@@ -1,6 +1,7 @@
 """SoundStream (arXiv 2107.03312): causal encoder and decoder around a residual quantizer.
 
-B batch, N samples, F frames, D latent width, Q levels (q: the first few of them).
+B batch, N samples, F frames, D latent width, Q levels (q: the first few of them). Audio of more than one channel has
+them as a last axis: what is [B, N] for one channel is [B, N, C] for C of them.
 """
 from __future__ import annotations
 
@@ -30,6 +31,9 @@ class SoundStreamConfig:
       of the encoder.
     latent: D, the width that is quantized. The paper does not state it.
     levels, codebook_size: Q and K of the residual quantizer.
+    channels: of the audio, coded together.
+    denoise_at: where a condition says whether noise is to be taken out: "encoder" (fewer bits are spent on it),
+      "decoder" (the listener decides), or "" for a codec without that choice (section III-F).
   """
 
   widths: tuple[int, ...]
@@ -42,6 +46,8 @@ class SoundStreamConfig:
   kernel: int = 7
   latent_kernel: int = 3
   sample_rate: int = 24000
+  channels: int = 1
+  denoise_at: str = ''
 
   def __post_init__(self):
     for name in ('widths', 'strides', 'dilations'):
@@ -49,6 +55,9 @@ class SoundStreamConfig:
     if len(self.widths) != len(self.strides) + 1:
       raise ValueError(
           f'codec: {len(self.strides)} strides need {len(self.strides) + 1} widths, found {self.widths}')
+    if self.channels < 1 or self.denoise_at not in ('', 'encoder', 'decoder'):
+      raise ValueError(f'codec: there must be a channel, and denoise_at must be "", "encoder" or "decoder"; found '
+                       f'{self.channels} and {self.denoise_at!r}')
 
   @property
   def stride(self) -> int:
@@ -76,10 +85,10 @@ class CodecState(NamedTuple):
 
 
 def make_encoder(config: SoundStreamConfig, rngs: nnx.Rngs) -> streaming.Chain:
-  """[B, N, 1] audio to [B, F, D] latents (section III-A)."""
+  """[B, N, C] audio to [B, F, D] latents (section III-A)."""
   layers: dict[str, streaming.Streamable] = {
       'patch': streaming.Fold(config.patch),
-      'first': conv.CausalConv(config.patch, config.widths[0], config.kernel, rngs=rngs),
+      'first': conv.CausalConv(config.patch * config.channels, config.widths[0], config.kernel, rngs=rngs),
   }
   for i, stride in enumerate(config.strides):
     width, next_width = config.widths[i:i + 2]
@@ -94,7 +103,7 @@ def make_encoder(config: SoundStreamConfig, rngs: nnx.Rngs) -> streaming.Chain:
 
 
 def make_decoder(config: SoundStreamConfig, rngs: nnx.Rngs) -> streaming.Chain:
-  """[B, F, D] latents to [B, N, 1] audio: the encoder in reverse (section III-B)."""
+  """[B, F, D] latents to [B, N, C] audio: the encoder in reverse (section III-B)."""
   layers: dict[str, streaming.Streamable] = {
       'first': conv.CausalConv(config.latent, config.widths[-1], config.kernel, rngs=rngs)}
   for i in reversed(range(len(config.strides))):
@@ -106,19 +115,40 @@ def make_decoder(config: SoundStreamConfig, rngs: nnx.Rngs) -> streaming.Chain:
         for j, dilation in enumerate(config.dilations)}
   layers['elu'] = streaming.Elu()
   # A small scale: untrained output is near silence and not a burst of noise.
-  layers['last'] = conv.CausalConv(config.widths[0], config.patch, config.kernel, scale=0.1, rngs=rngs)
+  layers['last'] = conv.CausalConv(
+      config.widths[0], config.patch * config.channels, config.kernel, scale=0.1, rngs=rngs)
   layers['patch'] = streaming.Unfold(config.patch)
   return streaming.Chain(layers)
 
 
+class Film(nnx.Module):
+  """Feature-wise affine modulation by a one-hot condition of two (arXiv 1709.07871); at first it changes nothing."""
+
+  def __init__(self, width: int):
+    self.scale = nnx.Param(jnp.ones((2, width), jnp.float32), axes=(None, 'channel_out'))
+    self.bias = nnx.Param(jnp.zeros((2, width), jnp.float32), axes=(None, 'channel_out'))
+
+  def __call__(self, x_BxFxD: jax.Array, condition: bool | jax.Array) -> jax.Array:
+    """`condition` is one for all, or bool [B]."""
+    condition_B = jnp.broadcast_to(jnp.asarray(condition, jnp.int32), x_BxFxD.shape[:1])
+    one_hot_Bx2 = jax.nn.one_hot(condition_B, 2, dtype=x_BxFxD.dtype)
+    scale_BxD, bias_BxD = one_hot_Bx2 @ self.scale[...], one_hot_Bx2 @ self.bias[...]
+    return x_BxFxD * scale_BxD[:, None] + bias_BxD[:, None]
+
+
 class SoundStream(nnx.Module):
-  """The codec: audio to tokens and back, whole or frame by frame."""
+  """The codec: audio to tokens and back, whole or frame by frame.
+
+  `denoise`, of the half that `denoise_at` names, is a bool, or bool [B]; in a stream it may change from step to step.
+  """
 
   def __init__(self, config: SoundStreamConfig, *, rngs: nnx.Rngs):
     self.config = config
     self.encoder = make_encoder(config, rngs)
     self.decoder = make_decoder(config, rngs)
     self.quantizer = quantize.ResidualQuantizer(config.levels, config.codebook_size, config.latent, rngs=rngs)
+    if config.denoise_at:
+      self.film = Film(config.latent)
 
   @property
   def token_spec(self) -> specs.TokenSpec:
@@ -140,49 +170,68 @@ class SoundStream(nnx.Module):
     samples += (c.latent_kernel - 1) * scale
     return -(-samples // c.stride)
 
-  def encode_latents(self, audio_BxN: jax.Array) -> jax.Array:
+  def encode_latents(self, audio_BxN: jax.Array, denoise: bool | jax.Array = False) -> jax.Array:
     """Latents before quantization, float32 [B, F, D]; N must be a multiple of the stride."""
-    self._check_audio(audio_BxN)
-    latents = self.encoder(audio_BxN[..., None]).astype(jnp.float32)
-    return axes.constrain(latents, 'batch', None, None)
+    latents = self.encoder(self._samples(audio_BxN)).astype(jnp.float32)
+    return axes.constrain(self._modulated('encoder', latents, denoise), 'batch', None, None)
 
-  def decode_latents(self, latents_BxFxD: jax.Array) -> jax.Array:
+  def decode_latents(self, latents_BxFxD: jax.Array, denoise: bool | jax.Array = False) -> jax.Array:
     """Audio, float32 [B, F * stride]."""
-    return self.decoder(latents_BxFxD)[..., 0].astype(jnp.float32)
+    return self._audio(self.decoder(self._modulated('decoder', latents_BxFxD, denoise)))
 
-  def encode(self, audio_BxN: jax.Array, levels: int | None = None) -> jax.Array:
-    """Tokens of the first `levels` levels (None: all), int32 [B, F, Q], of mono audio in [-1, 1].
+  def encode(
+      self, audio_BxN: jax.Array, levels: int | None = None, denoise: bool | jax.Array = False) -> jax.Array:
+    """Tokens of the first `levels` levels (None: all), int32 [B, F, Q], of audio in [-1, 1].
 
-    Raises ValueError where N is not a multiple of the stride or there are fewer levels.
+    Raises ValueError where N is not a multiple of the stride, there are fewer levels, or the encoder cannot denoise.
     """
-    return self.quantizer.encode(self.encode_latents(audio_BxN), self.config.first_levels(levels))
+    return self.quantizer.encode(self.encode_latents(audio_BxN, denoise), self.config.first_levels(levels))
 
-  def decode(self, indices_BxFxq: jax.Array) -> jax.Array:
+  def decode(self, indices_BxFxq: jax.Array, denoise: bool | jax.Array = False) -> jax.Array:
     """Audio, float32 [B, F * stride], from the tokens of any number of first levels."""
     self._check_levels(indices_BxFxq)
-    return self.decode_latents(self.quantizer.decode(indices_BxFxq))
+    return self.decode_latents(self.quantizer.decode(indices_BxFxq), denoise)
 
   def init_state(self, batch: int, dtype=jnp.float32) -> CodecState:
     """The state of a stream that begins in silence."""
     return CodecState(self.encoder.init_state(batch, dtype), self.decoder.init_state(batch, dtype))
 
-  def encode_step(self, audio_BxN: jax.Array, state: CodecState) -> tuple[jax.Array, CodecState]:
+  def encode_step(self, audio_BxN: jax.Array, state: CodecState, denoise: bool | jax.Array = False
+                  ) -> tuple[jax.Array, CodecState]:
     """Tokens [B, F, Q] of the next whole frames of a stream."""
-    self._check_audio(audio_BxN)
-    latents, after = self.encoder.step(audio_BxN[..., None], state.encoder)
-    return self.quantizer.encode(latents), state._replace(encoder=after)
+    latents, after = self.encoder.step(self._samples(audio_BxN), state.encoder)
+    return self.quantizer.encode(self._modulated('encoder', latents, denoise)), state._replace(encoder=after)
 
-  def decode_step(self, indices_BxFxq: jax.Array, state: CodecState) -> tuple[jax.Array, CodecState]:
+  def decode_step(self, indices_BxFxq: jax.Array, state: CodecState, denoise: bool | jax.Array = False
+                  ) -> tuple[jax.Array, CodecState]:
     """Audio [B, F * stride] of the next frames of a stream."""
     self._check_levels(indices_BxFxq)
-    audio, after = self.decoder.step(self.quantizer.decode(indices_BxFxq), state.decoder)
-    return audio[..., 0].astype(jnp.float32), state._replace(decoder=after)
+    latents = self._modulated('decoder', self.quantizer.decode(indices_BxFxq), denoise)
+    audio, after = self.decoder.step(latents, state.decoder)
+    return self._audio(audio), state._replace(decoder=after)
 
-  def _check_audio(self, audio_BxN: jax.Array):
-    if audio_BxN.ndim != 2 or audio_BxN.shape[1] % self.config.stride:
+  def _modulated(self, half: str, latents_BxFxD: jax.Array, denoise: bool | jax.Array) -> jax.Array:
+    """The condition applied at the bottleneck, if it belongs to this half of the codec."""
+    if self.config.denoise_at == half:
+      return self.film(latents_BxFxD, denoise)
+    if denoise is not False:
+      able = f'its {self.config.denoise_at} does' if self.config.denoise_at else 'it was trained without denoise_at'
+      raise ValueError(f'the {half} of this codec cannot denoise: {able}')
+    return latents_BxFxD
+
+  def _samples(self, audio_BxN: jax.Array) -> jax.Array:
+    """[B, N, C], after a look at the shape."""
+    channels = self.config.channels
+    fits = audio_BxN.ndim == 2 if channels == 1 else audio_BxN.ndim == 3 and audio_BxN.shape[2] == channels
+    if not fits or audio_BxN.shape[1] % self.config.stride:
+      wanted = 'mono audio [batch, samples]' if channels == 1 else f'audio [batch, samples, {channels} channels]'
       raise ValueError(
-          f'the codec needs mono audio [batch, samples] with a multiple of {self.config.stride} samples; '
+          f'the codec needs {wanted} with a multiple of {self.config.stride} samples; '
           f'found shape {audio_BxN.shape}: pad or crop it')
+    return audio_BxN[..., None] if channels == 1 else audio_BxN
+
+  def _audio(self, samples_BxNxC: jax.Array) -> jax.Array:
+    return (samples_BxNxC[..., 0] if self.config.channels == 1 else samples_BxNxC).astype(jnp.float32)
 
   def _check_levels(self, indices_BxFxq: jax.Array):
     if indices_BxFxq.ndim != 3 or not 1 <= indices_BxFxq.shape[-1] <= self.config.levels:

@@ -1,10 +1,11 @@
-"""Audio files in, mono waveforms out: wav, flac, ogg, mp3 and what else libsndfile reads.
+"""Audio files in, waveforms of one channel or more out: wav, flac, ogg, mp3 and what else libsndfile reads.
 
-Shapes: N samples. Files are streamed, so memory does not grow with their length.
+Shapes: N samples; waveforms of C > 1 channels are [N, C]. Files are streamed, so memory does not grow with their
+length.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 import os
@@ -17,6 +18,7 @@ import soxr
 EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.au', '.caf', '.w64')
 # Sound that a user expects to be read, but libsndfile cannot: counted as skipped instead of passed over.
 UNSUPPORTED = ('.m4a', '.aac', '.wma', '.mp4', '.ape', '.mpc', '.webm')
+NOT_SUPPORTED = 'format not supported'  # why those are skipped
 SILENCE = 1e-4  # peak under -80 dBFS
 _BLOCK = 1 << 17  # samples read at a time
 _RATES = (1_000, 768_000)
@@ -29,7 +31,8 @@ class AudioFault(ValueError):
   """Why a file cannot be used.
 
   Attributes:
-    reason: one of "unreadable", "truncated", "empty", "silent", "too short", "non-finite", "out of range".
+    reason: one of "unreadable", "truncated", "empty", "silent", "too short", "non-finite", "out of range", "wrong
+      number of channels".
   """
 
   def __init__(self, reason: str, detail: str = ''):
@@ -53,7 +56,8 @@ class AudioInfo:
 
   Attributes:
     frames: samples of each channel.
-    peak: largest magnitude of the mono mix.
+    channels: of the file.
+    peak: largest magnitude of what is read: of the mono mix, or of any channel.
     sha256: of the file's bytes.
   """
 
@@ -66,6 +70,37 @@ class AudioInfo:
   @property
   def seconds(self) -> float:
     return self.frames / self.sample_rate
+
+
+def walk(audio_dir: str | os.PathLike) -> tuple[list[tuple[str, bytes]], list[str]]:
+  """(name, path) of the audio files below, sorted, and the names of files in formats that cannot be read.
+
+  Paths are bytes, because a name need not be valid UTF-8; names are text for records and reports.
+  """
+  root = os.fsencode(audio_dir)
+  if not os.path.isdir(root):
+    raise FileNotFoundError(f'{audio_dir} is not a folder')
+  files, unsupported = [], []
+  for folder, folders, names in os.walk(root):
+    folders[:] = [f for f in folders if not f.startswith(b'.')]
+    for file in names:
+      path = os.path.join(folder, file)
+      relative = os.path.relpath(path, root).replace(os.fsencode(os.sep), b'/')
+      name = relative.decode('utf-8', 'backslashreplace')
+      extension = os.path.splitext(name)[1].lower()
+      if file.startswith(b'.'):
+        continue
+      if extension in EXTENSIONS:
+        files.append((name, path))
+      elif extension in UNSUPPORTED:
+        unsupported.append(name)
+  return sorted(files), sorted(unsupported)
+
+
+def nothing_usable(audio_dir: str | os.PathLike, skipped: Mapping[str, Sequence[str]]) -> ValueError:
+  """The error for a folder all of whose files were `skipped`, names by reason."""
+  reasons = ', '.join(f'{len(names)} {reason}' for reason, names in sorted(skipped.items()))
+  return ValueError(f'no usable audio in {audio_dir}: {reasons or "it has no audio files"}')
 
 
 def _open(path: str | os.PathLike) -> soundfile.SoundFile:
@@ -83,10 +118,21 @@ def _open(path: str | os.PathLike) -> soundfile.SoundFile:
   return file
 
 
-def _mono_blocks(path: str | os.PathLike) -> Iterator[tuple[np.ndarray, int, int]]:
-  """Yields (mono float32 [n], sample rate, channels); raises AudioFault where the file is at fault."""
+def _mixed(block_NxF: np.ndarray, channels: int) -> np.ndarray:
+  """The channels of a file as the `channels` that are wanted: averaged to one, or one repeated; [N] or [N, C]."""
+  there = block_NxF.shape[1]
+  if channels == 1:
+    return block_NxF.mean(axis=1, dtype=np.float32) if there > 1 else block_NxF[:, 0]
+  if there not in (1, channels):
+    # Which of 5.1 channels belong where is not ours to say.
+    raise AudioFault('wrong number of channels', f'{there}, where {channels} are wanted: mix it to {channels} first')
+  return np.broadcast_to(block_NxF, (len(block_NxF), channels))
+
+
+def _blocks(path: str | os.PathLike, channels: int) -> Iterator[tuple[np.ndarray, int, int]]:
+  """Yields (float32 [n] or [n, C], sample rate, channels of the file); AudioFault where the file is at fault."""
   with _open(path) as file:
-    rate, channels, expected = file.samplerate, file.channels, file.frames
+    rate, expected = file.samplerate, file.frames
     if _promises_more(file.extra_info):
       raise AudioFault('truncated', 'the header promises more samples than the file holds')
     if file.format == 'OGG' and not _ogg_ends(path):
@@ -101,12 +147,12 @@ def _mono_blocks(path: str | os.PathLike) -> Iterator[tuple[np.ndarray, int, int
       if not len(block):
         break
       read += len(block)
-      mono = block.mean(axis=1, dtype=np.float32) if channels > 1 else block[:, 0]
-      if not np.isfinite(mono).all():
+      mixed = _mixed(block, channels)
+      if not np.isfinite(mixed).all():
         raise AudioFault('non-finite', f'samples that are no numbers before {read / rate:.1f} s')
-      if np.abs(mono).max() > _LIMIT:
-        raise AudioFault('out of range', f'samples up to {np.abs(mono).max():g} where 1 is full scale')
-      yield mono, rate, channels
+      if np.abs(mixed).max() > _LIMIT:
+        raise AudioFault('out of range', f'samples up to {np.abs(mixed).max():g} where 1 is full scale')
+      yield mixed, rate, file.channels
     if read < expected - (_MP3_SLACK if file.format == 'MPEG' else 0):
       raise AudioFault('truncated', f'{read / rate:.1f} of {expected / rate:.1f} s are there')
 
@@ -130,12 +176,12 @@ def _ogg_ends(path: str | os.PathLike) -> bool:
   return 0 <= page < len(tail) - 5 and bool(tail[page + 5] & 4)
 
 
-def check(path: str | os.PathLike, min_seconds: float = 1.0) -> AudioInfo:
-  """Reads the whole file. Raises AudioFault where it cannot be used."""
-  frames, peak, rate, channels = 0, 0.0, 0, 0
-  for mono, rate, channels in _mono_blocks(path):  # noqa: B007
-    frames += len(mono)
-    peak = max(peak, float(np.abs(mono).max()))
+def check(path: str | os.PathLike, min_seconds: float = 1.0, channels: int = 1) -> AudioInfo:
+  """Reads the whole file. Raises AudioFault where it cannot be used as audio of `channels` channels."""
+  frames, peak, rate, there = 0, 0.0, 0, 0
+  for block, rate, there in _blocks(path, channels):  # noqa: B007
+    frames += len(block)
+    peak = max(peak, float(np.abs(block).max()))
   if not frames:
     raise AudioFault('empty', 'the file has no samples')
   if frames < min_seconds * rate - 0.5:
@@ -144,48 +190,49 @@ def check(path: str | os.PathLike, min_seconds: float = 1.0) -> AudioInfo:
     raise AudioFault('silent', f'the largest sample is {peak:.1e}')
   with open(path, 'rb') as file:
     sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-  return AudioInfo(frames, rate, channels, peak, sha256)
+  return AudioInfo(frames, rate, there, peak, sha256)
 
 
-def segments(path: str | os.PathLike, segment_seconds: float,
-             sample_rate: int = 24000) -> Iterator[np.ndarray]:
-  """Consecutive pieces of a file, mono float32 at `sample_rate`, each `segment_seconds` long but the last.
+def segments(path: str | os.PathLike, segment_seconds: float, sample_rate: int = 24000,
+             channels: int = 1) -> Iterator[np.ndarray]:
+  """Consecutive pieces of a file, float32 at `sample_rate`, each `segment_seconds` long but the last; [N] or [N, C].
 
-  Channels are averaged; soxr resamples as one stream, so the pieces join without a seam. Raises AudioFault.
+  Channels are averaged to one, or one is repeated; a file of any other number of channels than 1 and the `channels`
+  that are wanted is refused. soxr resamples as one stream, so the pieces join without a seam. Raises AudioFault.
   """
   length = round(segment_seconds * sample_rate)
   held: list[np.ndarray] = []
   count = 0
-  for block in _resampled(path, sample_rate):
+  for block in _resampled(path, sample_rate, channels):
     held.append(block)
     count += len(block)
     if count >= length:
       joined = np.concatenate(held)
       whole = count // length * length
-      yield from joined[:whole].reshape(-1, length)
+      yield from joined[:whole].reshape(-1, length, *joined.shape[1:])
       held, count = [joined[whole:]], count - whole
   if count:
     yield np.concatenate(held)
 
 
-def _resampled(path: str | os.PathLike, sample_rate: int) -> Iterator[np.ndarray]:
+def _resampled(path: str | os.PathLike, sample_rate: int, channels: int) -> Iterator[np.ndarray]:
   resampler = None
-  for mono, rate, _ in _mono_blocks(path):
+  for block, rate, _ in _blocks(path, channels):
     if rate == sample_rate:
-      yield mono
+      yield block
       continue
     if resampler is None:
-      resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype='float32', quality='VHQ')
-    yield resampler.resample_chunk(mono)
+      resampler = soxr.ResampleStream(rate, sample_rate, channels, dtype='float32', quality='VHQ')
+    yield resampler.resample_chunk(np.ascontiguousarray(block))
   if resampler is not None:
-    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    yield resampler.resample_chunk(np.zeros((0, *block.shape[1:]), np.float32), last=True)
 
 
 def read(path: str | os.PathLike, sample_rate: int = 24000, max_seconds: float = 0.0) -> np.ndarray:
   """A whole file, or its first `max_seconds`, as mono float32 [N]. Raises AudioFault."""
   pieces, count = [], 0
   limit = round(max_seconds * sample_rate) or None
-  for block in _resampled(path, sample_rate):
+  for block in _resampled(path, sample_rate, channels=1):
     pieces.append(block)
     count += len(block)
     if limit and count >= limit:

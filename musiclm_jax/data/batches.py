@@ -22,7 +22,7 @@ from musiclm_jax.data import records, source
 # (arXiv 2208.12415, section 3).
 TEXT_RATES = {'tags': 2.0, 'description': 2.0, 'title': 1.0, 'label': 1.0}
 ORDERS = ('shuffled', 'sequential')
-_CROP, _KIND, _TEXT = 101, 102, 103  # uses of the slot seed
+_CROP, _KIND, _TEXT, _NOISE, _NOISE_CROP = 101, 102, 103, 104, 105  # uses of the slot seed
 _SCAN_LIMIT = 4096  # a corpus without recorded durations is looked through at the start only up to this size
 
 
@@ -135,8 +135,11 @@ class Batches:
   @functools.cached_property
   def fingerprint(self) -> str:
     """Changes with the corpus, the order, or anything that changes a batch."""
-    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != 'corpus'}
-    return source.digest([type(self).__name__, self.corpus.fingerprint, fields])
+    return source.digest([type(self).__name__, self.corpus.fingerprint, self._settings()])
+
+  def _settings(self) -> dict[str, object]:
+    """The fields beside the corpus that change a batch, as plain values."""
+    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != 'corpus'}
 
   def epochs(self, step: int) -> float:
     """Passes over the corpus in the first `step` steps; for a mixture with rates, over its most used part."""
@@ -232,16 +235,20 @@ class AudioBatches(Batches):
 
   {'audio': float32 [B, N] in [-1, 1], 'length': int32 [B], 'slot': int32 [B]}: the samples from `length` on
   are zeros that fill up a clip shorter than the crop. Sequential batches start every crop at the clip's
-  beginning.
+  beginning. Audio of more than one channel is [B, N, channels].
 
   Attributes:
     seconds: length of a crop.
-    sample_rate: what the corpus must have.
+    sample_rate, channels: what the corpus must have.
+    noise: a corpus of noises; each example then comes with a crop of one, 'noise', in the shape of the audio. Which one
+      is drawn by the slot. A noise shorter than the crop is repeated; one channel serves all.
   """
 
   _: dataclasses.KW_ONLY
   seconds: float
   sample_rate: int = 24000
+  channels: int = 1
+  noise: source.Corpus | None = None
 
   @property
   def samples(self) -> int:
@@ -256,28 +263,62 @@ class AudioBatches(Batches):
                        f'{", ".join(header.streams)}')
     if (rate := header.streams['audio']['sample_rate']) != self.sample_rate:
       raise ValueError(f'the record set has {rate} samples a second, the network takes {self.sample_rate}')
+    if (there := records.channels_of(header)) != self.channels:
+      raise ValueError(f'the record set has {there} channel{"s" * (there > 1)}, the network takes {self.channels}: '
+                       f'prepare the music again with --channels {self.channels}')
 
   def _usable(self, corpus: source.Corpus) -> np.ndarray | None:
     return None
 
+  def _settings(self) -> dict[str, object]:
+    return {**super()._settings(), 'noise': self.noise and self.noise.fingerprint}
+
   def _collate(self, examples: list[source.Example], seeds: list[int]) -> dict[str, np.ndarray]:
-    audio_BxN = np.zeros((len(examples), self.samples), np.float32)
+    audio_BxN = np.zeros((len(examples), *self._shape), np.float32)
     length_B = np.zeros(len(examples), np.int32)
     for row, (example, seed) in enumerate(zip(examples, seeds)):
-      clip, rate = example['audio'], int(example.get('sample_rate', self.sample_rate))
-      if rate != self.sample_rate:
-        raise ValueError(f'{_name(example)} has {rate} samples a second, the network takes '
-                         f'{self.sample_rate}')
+      clip = self._clip(example, (self.channels,))
       starts = max(len(clip) - self.samples, 0) + 1
       start = 0 if self.order == 'sequential' else _choice(seed, _CROP, starts)
       crop = clip[start:start + self.samples]
-      audio_BxN[row, :len(crop)] = records.from_pcm(crop) if crop.dtype == np.int16 else crop
+      audio_BxN[row, :len(crop)] = _floats(crop)
       length_B[row] = len(crop)
-    return {'audio': audio_BxN, 'length': length_B}
+    noise = {} if self.noise is None else {'noise': self._noises(seeds)}
+    return {'audio': audio_BxN, 'length': length_B, **noise}
+
+  @property
+  def _shape(self) -> tuple[int, ...]:
+    return (self.samples,) if self.channels == 1 else (self.samples, self.channels)
+
+  def _clip(self, example: source.Example, channels: tuple[int, ...]) -> np.ndarray:
+    """The sound of an example, [N] of one channel or [N, C]; ValueError where it is not what the network takes."""
+    clip, rate = example['audio'], int(example.get('sample_rate', self.sample_rate))
+    if rate != self.sample_rate:
+      raise ValueError(f'{_name(example)} has {rate} samples a second, the network takes '
+                       f'{self.sample_rate}')
+    if (there := 1 if clip.ndim == 1 else clip.shape[1]) not in channels:
+      raise ValueError(f'{_name(example)} has {there} channel{"s" * (there > 1)}, the network takes {self.channels}')
+    return clip
+
+  def _noises(self, seeds: list[int]) -> np.ndarray:
+    """A crop of noise for each slot, in the shape of the audio."""
+    noise_BxN = np.zeros((len(seeds), *self._shape), np.float32)
+    chosen = np.array([_choice(seed, _NOISE, len(self.noise)) for seed in seeds])
+    for row, example in enumerate(source.fetch(self.noise, chosen, np.array(seeds, np.uint64))):
+      clip = self._clip(example, (1, self.channels))
+      start = _choice(seeds[row], _NOISE_CROP, max(len(clip) - self.samples, 0) + 1)
+      crop = np.take(clip, np.arange(start, start + self.samples), axis=0, mode='wrap')
+      noise_BxN[row] = _floats(crop).reshape(len(crop), -1) if self.channels > 1 else _floats(crop)
+    return noise_BxN
 
   def _row_spec(self) -> dict[str, ArraySpec]:
-    return {'audio': ArraySpec((self.samples,), np.dtype(np.float32)),
-            'length': ArraySpec((), np.dtype(np.int32))}
+    audio = ArraySpec(self._shape, np.dtype(np.float32))
+    return {'audio': audio, 'length': ArraySpec((), np.dtype(np.int32)),
+            **({} if self.noise is None else {'noise': audio})}
+
+
+def _floats(audio: np.ndarray) -> np.ndarray:
+  return records.from_pcm(audio) if audio.dtype == np.int16 else audio
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -321,9 +362,11 @@ class AudioTextBatches(AudioBatches):
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-              if f.name not in ('corpus', 'tokenizer')}
-    return source.digest([type(self).__name__, self.corpus.fingerprint, fields, self.tokenizer.content_hash])
+    return source.digest(
+        [type(self).__name__, self.corpus.fingerprint, self._settings(), self.tokenizer.content_hash])
+
+  def _settings(self) -> dict[str, object]:
+    return {name: value for name, value in super()._settings().items() if name != 'tokenizer'}
 
   def text_of(self, example: source.Example, seed: int) -> str:
     """The text that an example contributes in a slot with this seed."""

@@ -12,7 +12,6 @@ import hashlib
 import heapq
 import os
 import pathlib
-from typing import Any
 import warnings
 
 import numpy as np
@@ -22,7 +21,6 @@ from musiclm_jax.data import audio_files, composer, records, source
 from musiclm_jax.data import captions as captions_lib
 from musiclm_jax.data.workers import Progress, Workers
 
-SAMPLE_RATE = 24000
 # Hours of music in a shard, unless the number of shards is given: about 170 MB.
 _SHARD_HOURS = 1.0
 _MAX_NAMES = 20  # file names kept for each reason of skipping
@@ -54,15 +52,15 @@ class Recording:
 def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, *,
                    captions: str | os.PathLike | None = None, caption_column: str | None = None,
                    segment_seconds: float = 30.0, min_seconds: float = 1.0, num_shards: int = 0,
-                   held_out_share: float = 0.1, workers: int = 0,
+                   held_out_share: float = 0.1, sample_rate: int = 24000, channels: int = 1, workers: int = 0,
                    progress: Progress | None = None) -> records.Manifest:
   """Writes the audio files of a folder, at any depth, as a record set with the splits "train" and "test".
 
-  Recordings become 24 kHz mono 16-bit clips of at most `segment_seconds`. Titles, artists, licences, captions
-  and tags come from `manifest.jsonl` files in the folder, where there are any; a `captions` file replaces
-  their captions and tags (it may be such a manifest itself). The split is by artist, where known, else by
-  recording, and stays the same for a recording when others are added. Files that cannot be used, and copies
-  of others, are left out and counted by reason in the manifest. Does nothing where the set is already there.
+  Recordings become 16-bit clips of at most `segment_seconds`. Titles, artists, licences, captions and tags come
+  from `manifest.jsonl` files in the folder, where there are any; a `captions` file replaces their captions and
+  tags (it may be such a manifest itself). The split is by artist, where known, else by recording, and stays the
+  same for a recording when others are added. Files that cannot be used, and copies of others, are left out and
+  counted by reason in the manifest. Does nothing where the set is already there.
 
   Args:
     captions: CSV, TSV or JSON lines with the columns `file` and `caption`, `text` or `caption_column`.
@@ -70,6 +68,8 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
     min_seconds: shorter recordings, and shorter last pieces, are left out.
     num_shards: files of the split "train"; 0 chooses by the amount of music.
     held_out_share: share of the artists, or recordings, in "test".
+    channels: 1 averages those of a file. With more, files with as many are taken as they are and those with one have it
+      repeated; others are left out.
     workers: processes; 0 takes one for each core.
     progress: called with (what, done, total).
 
@@ -78,14 +78,17 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
     ValueError: no usable audio (with counts by reason), a caption file that does not fit, or `output_dir`
       holds a set made with other settings.
   """
+  if not 1000 <= sample_rate <= 768_000 or not 1 <= channels <= 64:
+    raise ValueError(f'sample_rate {sample_rate} must lie between 1000 and 768000, and channels {channels} between 1 '
+                     'and 64')
   if not 0 < min_seconds <= segment_seconds or not 0 <= held_out_share <= 0.5:
     raise ValueError(f'min_seconds {min_seconds:g} must be positive and at most segment_seconds '
                      f'{segment_seconds:g}, and held_out_share {held_out_share:g} between 0 and 0.5')
-  files, unsupported = _walk(audio_dir)
+  files, unsupported = audio_files.walk(audio_dir)
   names = [name for name, _ in files]
   texts = captions_lib.read_captions(captions, names, caption_column) if captions else None
   facts = captions_lib.folder_facts(audio_dir, names)
-  header = records.Header('audio', records.audio_streams(SAMPLE_RATE), {
+  header = records.Header('audio', records.audio_streams(sample_rate, channels), {
       'made from': 'folder', 'files': len(files),
       'content': source.digest([(n, os.path.getsize(p)) for n, p in files]),
       'texts': source.digest([sorted((n, dataclasses.asdict(f)) for n, f in facts.items()),
@@ -97,9 +100,9 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
   with Workers(workers) as pool:
     skipped: dict[str, list[str]] = collections.defaultdict(list)
     for name in unsupported:
-      skipped['format not supported'].append(name)
+      skipped[audio_files.NOT_SUPPORTED].append(name)
     recordings = []
-    checks = pool.map(_check, [(path, min_seconds) for _, path in files], progress, 'files checked')
+    checks = pool.map(_check, [(path, min_seconds, channels) for _, path in files], progress, 'files checked')
     for (name, path), (info, reason) in zip(files, checks):
       if info is None:
         skipped[reason].append(name)
@@ -108,8 +111,7 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
         recordings.append(Recording(name, path, info, _with_texts(known, texts, name)))
     recordings = _without_copies(recordings, skipped)
     if not recordings:
-      reasons = ', '.join(f'{len(n)} {reason}' for reason, n in sorted(skipped.items()))
-      raise ValueError(f'no usable audio in {audio_dir}: {reasons or "it has no audio files"}')
+      raise audio_files.nothing_usable(audio_dir, skipped)
     if texts and texts.unmatched:
       warnings.warn(f'{len(texts.unmatched)} rows of {captions} name no recording of {audio_dir}, for '
                     f'example {texts.unmatched[0]!r}', stacklevel=2)
@@ -167,35 +169,10 @@ def _already(output_dir: str | os.PathLike, header: records.Header) -> records.M
   return records.read_manifest(output_dir) if (pathlib.Path(output_dir) / records.MANIFEST).exists() else None
 
 
-def _walk(audio_dir: str | os.PathLike) -> tuple[list[tuple[str, bytes]], list[str]]:
-  """(name, path) of the audio files below, sorted, and the names of files in formats that cannot be read.
-
-  Paths are bytes, because a name need not be valid UTF-8; names are text for records and reports.
-  """
-  root = os.fsencode(audio_dir)
-  if not os.path.isdir(root):
-    raise FileNotFoundError(f'{audio_dir} is not a folder')
-  files, unsupported = [], []
-  for folder, folders, names in os.walk(root):
-    folders[:] = [f for f in folders if not f.startswith(b'.')]
-    for file in names:
-      path = os.path.join(folder, file)
-      relative = os.path.relpath(path, root).replace(os.fsencode(os.sep), b'/')
-      name = relative.decode('utf-8', 'backslashreplace')
-      extension = os.path.splitext(name)[1].lower()
-      if file.startswith(b'.'):
-        continue
-      if extension in audio_files.EXTENSIONS:
-        files.append((name, path))
-      elif extension in audio_files.UNSUPPORTED:
-        unsupported.append(name)
-  return sorted(files), sorted(unsupported)
-
-
-def _check(task: tuple[bytes, float]) -> tuple[audio_files.AudioInfo | None, str]:
-  path, min_seconds = task
+def _check(task: tuple[bytes, float, int]) -> tuple[audio_files.AudioInfo | None, str]:
+  path, min_seconds, channels = task
   try:
-    return audio_files.check(path, min_seconds), ''
+    return audio_files.check(path, min_seconds, channels), ''
   except audio_files.AudioFault as fault:
     return None, fault.reason
   except OSError as error:
@@ -267,26 +244,28 @@ def _shard(splits: Mapping[str, Sequence[Recording]], num_shards: int) -> dict[s
   return shards
 
 
-def _segments(recordings: Sequence[Recording], settings: Mapping[str, Any],
+def _segments(recordings: Sequence[Recording], header: records.Header,
               left_out: collections.Counter[str]) -> Iterator[source.Example]:
   """The clips of some recordings in order; counts the pieces that are too short or silent."""
+  settings, rate = header.settings, header.streams['audio']['sample_rate']
   for recording in recordings:
     facts = recording.facts
-    for number, audio in enumerate(_pieces(recording, settings['segment_seconds'])):
-      if number and len(audio) < settings['min_seconds'] * SAMPLE_RATE:
+    for number, audio in enumerate(_pieces(recording, settings['segment_seconds'], header)):
+      if number and len(audio) < settings['min_seconds'] * rate:
         left_out['last piece too short'] += 1
       elif np.abs(audio).max() < audio_files.SILENCE:
         left_out['silent piece'] += 1
       else:
         yield {
-            'audio': audio, 'sample_rate': SAMPLE_RATE, 'recording': recording.name, 'artist': facts.artist,
+            'audio': audio, 'sample_rate': rate, 'recording': recording.name, 'artist': facts.artist,
             'start': number * float(settings['segment_seconds']), 'texts': [dict(t) for t in facts.texts],
             'attributes': {}, 'source': {**facts.source, 'sha256': recording.info.sha256}}
 
 
-def _pieces(recording: Recording, seconds: float) -> Iterator[np.ndarray]:
+def _pieces(recording: Recording, seconds: float, header: records.Header) -> Iterator[np.ndarray]:
+  rate, channels = header.streams['audio']['sample_rate'], records.channels_of(header)
   try:
-    yield from audio_files.segments(recording.path, seconds, SAMPLE_RATE)
+    yield from audio_files.segments(recording.path, seconds, rate, channels)
   except audio_files.AudioFault as fault:
     raise ValueError(f'{recording.path} changed while it was prepared ({fault}); run the same command again') from None
 
@@ -296,7 +275,7 @@ def _write_folder_shard(task: tuple[str, str, int, int, Sequence[Recording], rec
   if records.shard_done(directory, split, index, count, header):
     return
   left_out: collections.Counter[str] = collections.Counter()
-  clips = _segments(recordings, header.settings, left_out)
+  clips = _segments(recordings, header, left_out)
   records.write_shard(directory, split, index, count, clips, header, left_out=left_out,
                       made_with=provenance.made_with())
 

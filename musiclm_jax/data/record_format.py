@@ -24,8 +24,8 @@ class Header:
 
   Attributes:
     kind: "audio" or "tokens".
-    streams: for audio {"audio": {"sample_rate": 24000}}; for tokens, by feature, the `codebook_size`,
-      `levels` and `frame_rate` of each (see `token_streams`).
+    streams: for audio {"audio": {"sample_rate": 24000}}, with "channels" where there are more than one; for
+      tokens, by feature, the `codebook_size`, `levels` and `frame_rate` of each (see `token_streams`).
     settings: what the set was made with; the same command with other settings refuses to continue it.
     lineage: content hash of each network that made the tokens, by role.
   """
@@ -96,9 +96,20 @@ def token_streams(token_specs: Iterable[specs.TokenSpec]) -> dict[str, dict[str,
           for s in token_specs}
 
 
-def audio_streams(sample_rate: int) -> dict[str, dict[str, Any]]:
-  """The `streams` of an audio header."""
-  return {'audio': {'sample_rate': sample_rate}}
+def audio_streams(sample_rate: int, channels: int = 1) -> dict[str, dict[str, Any]]:
+  """The `streams` of an audio header; of one channel nothing is said, as always."""
+  return {'audio': {'sample_rate': sample_rate, **({'channels': channels} if channels > 1 else {})}}
+
+
+def channels_of(header: Header) -> int:
+  """How many channels the clips of an audio set have."""
+  return header.streams['audio'].get('channels', 1)
+
+
+def _is_audio(value: np.ndarray, header: Header) -> bool:
+  """Whether this is [N], or [N, channels] where there are more than one."""
+  channels = channels_of(header)
+  return value.ndim == 1 if channels == 1 else value.ndim == 2 and value.shape[1] == channels
 
 
 def to_pcm(audio: np.ndarray) -> np.ndarray:
@@ -135,8 +146,10 @@ def check(example: source.Example, header: Header) -> None:
       raise ValueError(f'it has no stream {name!r}, only {", ".join(sorted(example))}')
     value = np.asarray(example[name])
     if header.kind == 'audio':
-      if value.ndim != 1:
-        raise ValueError(f'its audio must be one row of samples, found {value.shape}')
+      if not _is_audio(value, header):
+        channels = channels_of(header)
+        wanted = 'one row of samples' if channels == 1 else f'rows of samples of {channels} channels'
+        raise ValueError(f'its audio must be {wanted}, found {value.shape}')
       continue
     if value.ndim != 2 or value.shape[1] != stream['levels']:
       raise ValueError(f'{name} tokens must be [frames, {stream["levels"]}], found {value.shape}')
@@ -164,8 +177,8 @@ def decode(record: bytes, header: Header) -> source.Example:
     raise ValueError(f'it has no stream {missing[0]!r}, only {", ".join(sorted(example))}')
   if header.kind == 'tokens':
     example.update({name: example[name].astype(np.int32) for name in header.streams})
-  elif example['audio'].dtype != np.int16 or example['audio'].ndim != 1:
-    raise ValueError('its audio is not a row of int16 samples')
+  elif example['audio'].dtype != np.int16 or not _is_audio(example['audio'], header):
+    raise ValueError(f'its audio is not int16 samples of {channels_of(header)} channel(s)')
   return example
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from musiclm_jax.data import source
 from musiclm_jax.data.record_format import (
   audio_streams,
+  channels_of,
   check,
   decode,
   encode,
@@ -45,10 +46,10 @@ from musiclm_jax.data.record_format import (
 )
 
 __all__ = [
-    'FORMAT_VERSION', 'Header', 'MANIFEST', 'Manifest', 'RecordSet', 'Shard', 'Unfinished', 'audio_streams', 'check',
-    'decode', 'difference', 'encode', 'finish', 'from_pcm', 'hash_file', 'open_shard', 'read_manifest', 'replacing',
-    'rewrite', 'seconds_of', 'shard_done', 'shard_name', 'text_kinds_of', 'to_pcm', 'token_streams',
-    'write_atomically', 'write_records', 'write_shard']
+    'FORMAT_VERSION', 'Header', 'Manifest', 'MANIFEST', 'RecordSet', 'Shard', 'Unfinished', 'audio_streams',
+    'channels_of', 'check', 'decode', 'difference', 'encode', 'finish', 'from_pcm', 'hash_file', 'open_shard',
+    'read_manifest', 'replacing', 'rewrite', 'seconds_of', 'shard_done', 'shard_name', 'text_kinds_of', 'to_pcm',
+    'token_streams', 'write_atomically', 'write_records', 'write_shard']
 
 MANIFEST = 'manifest.json'
 _SHARD_FILE = re.compile(r'.+-\d{5,}-of-\d{5,}\.arrayrecord(\.json)?')

@@ -6,13 +6,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from musiclm_jax.evaluation import batched
-from musiclm_jax.training import state as states
 from musiclm_jax.nn import spectral
+from musiclm_jax.training import state as states
+
+# Of `log_spectral_distance`: samples of a window and between windows; what counts beside the loudest cell of a clip.
+_WINDOW, _HOP, _RANGE_DB = 2048, 512, 80.0
+
+
+class Distances(NamedTuple):
+  """How far each clip's estimate is from it, each [B]: see the functions of these names."""
+
+  si_sdr: np.ndarray
+  mel_distance: np.ndarray
+  log_spectral_distance: np.ndarray
+
 
 @functools.partial(jax.jit, static_argnums=1)
 def _log_mels(x_BxN: jax.Array, sample_rate: int) -> tuple[jax.Array, ...]:
@@ -25,19 +38,67 @@ def log_mels(x_BxN: np.ndarray, *, sample_rate: int = 24000, batch_size: int = 8
       lambda x: _log_mels(x, sample_rate), np.asarray(x_BxN, np.float32), batch_size=batch_size)
 
 
-def _distance(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> np.ndarray:
+def _distance(
+    a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], frames: tuple[np.ndarray | None, ...] | None = None
+) -> np.ndarray:
   """Mean |a - b| over frames and bands of each window, averaged over windows; [B]. `b` may broadcast."""
-  return np.mean([np.mean(np.abs(x - y), axis=(1, 2), dtype=np.float64) for x, y in zip(a, b)], axis=0)
+  return np.mean([_mean_of_frames(np.mean(np.abs(x - y), axis=2, dtype=np.float64), f)
+                  for x, y, f in zip(a, b, frames or (None,) * len(a))], axis=0)
 
 
-def mel_distance(
-    reference_BxN: np.ndarray, estimate_BxN: np.ndarray, *, sample_rate: int = 24000) -> np.ndarray:
+def _mean_of_frames(values_BxF: np.ndarray, frames_B: np.ndarray | None) -> np.ndarray:
+  """Over the first `frames` of each row, all of them for None; [B]."""
+  if frames_B is None:
+    return values_BxF.mean(axis=1)
+  used_BxF = np.arange(values_BxF.shape[1]) < np.asarray(frames_B)[:, None]
+  return np.sum(values_BxF * used_BxF, axis=1) / used_BxF.sum(axis=1)
+
+
+def _frames(samples_B: np.ndarray | None, hop: int) -> np.ndarray | None:
+  """Frames of clips of so many samples: further ones exist only because the batch is as long as its longest."""
+  return None if samples_B is None else -(-np.asarray(samples_B) // hop)
+
+
+def mel_distance(reference_BxN: np.ndarray, estimate_BxN: np.ndarray, *, sample_rate: int = 24000,
+                 samples_B: np.ndarray | None = None) -> np.ndarray:
   """Mean |ln mel(reference) - ln mel(estimate)| over windows, frames and bands; [B], 0 for equal clips.
 
   `spectral.log_mel_distance` in batches: 0.69 (ln 2) means that amplitudes are off by a factor of 2 on average.
+  Where clips have fewer than N `samples`, zeros follow, and what is returned is that of the clips without them.
   """
+  frames = tuple(_frames(samples_B, config.hop) for config in spectral.distance_mels(sample_rate))
   return _distance(log_mels(reference_BxN, sample_rate=sample_rate),
-                   log_mels(estimate_BxN, sample_rate=sample_rate))
+                   log_mels(estimate_BxN, sample_rate=sample_rate), frames)
+
+
+@jax.jit
+def _amplitudes(x_BxN: jax.Array) -> jax.Array:
+  return abs(spectral.stft(x_BxN, _WINDOW, _HOP))
+
+
+def log_spectral_distance(reference_BxN: np.ndarray, estimate_BxN: np.ndarray, *,
+                          samples_B: np.ndarray | None = None) -> np.ndarray:
+  """Root mean square over frequency of the difference in dB, averaged over frames; dB, [B], 0 for equal clips.
+
+  Gray and Markel, IEEE Trans. ASSP 24 (1976), equation 1, on Hann windows of 2048 samples, hop 512. Amplitudes more
+  than 80 dB below the loudest cell of the reference count as 80 dB below it, in both. `samples_B` as for
+  `mel_distance`.
+  """
+  a_BxFxC, b_BxFxC = (np.asarray(_amplitudes(np.asarray(x, np.float32))) for x in (reference_BxN, estimate_BxN))
+  floor_Bx1x1 = np.maximum(a_BxFxC.max(axis=(1, 2), keepdims=True) * 10 ** (-_RANGE_DB / 20), 1e-9)
+  a_BxFxC, b_BxFxC = (20 * np.log10(np.maximum(x, floor_Bx1x1)) for x in (a_BxFxC, b_BxFxC))
+  rms_BxF = np.sqrt(np.mean(np.square(a_BxFxC - b_BxFxC), axis=2, dtype=np.float64))
+  return _mean_of_frames(rms_BxF, _frames(samples_B, _HOP))
+
+
+def distances(reference_BxN: np.ndarray, estimate_BxN: np.ndarray, samples_B: np.ndarray, *,
+              sample_rate: int) -> Distances:
+  """All of them, of clips of so many samples; what follows in either array is taken as silence."""
+  within_BxN = np.arange(reference_BxN.shape[1]) < np.asarray(samples_B)[:, None]
+  a_BxN, b_BxN = (np.where(within_BxN, x, 0).astype(np.float32) for x in (reference_BxN, estimate_BxN))
+  sdr = [si_sdr(a[None, :n], b[None, :n])[0] for a, b, n in zip(a_BxN, b_BxN, samples_B)]
+  return Distances(np.array(sdr), mel_distance(a_BxN, b_BxN, sample_rate=sample_rate, samples_B=samples_B),
+                   log_spectral_distance(a_BxN, b_BxN, samples_B=samples_B))
 
 
 def mel_distance_baselines(

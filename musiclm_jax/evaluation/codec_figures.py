@@ -54,7 +54,7 @@ def codec_figures(
     encode = states.compiled(model, 'encode')
     more = batched.in_batches(encode, np.asarray(more_clips_MxN, np.float32), batch_size=batch_size)
     codes.append(more.reshape(-1, more.shape[-1]))
-  figures |= code_figures(np.concatenate(codes), codebook_size)
+  figures |= code_figures(token_counts.level_counts(np.concatenate(codes), codebook_size))
   if untrained is not None:
     _, before = audio_measures.round_trip(untrained, clips_BxN, levels[-1:], batch_size=batch_size)
     figures['mel_distance_untrained'] = float(
@@ -67,13 +67,13 @@ def _interval(values_B: np.ndarray) -> list[float]:
   return [interval.low, interval.high]
 
 
-def code_figures(codes_MxQ: np.ndarray, codebook_size: int) -> dict[str, Any]:
-  """How evenly the codes of each level are used in M held-out frames."""
-  counts_QxK = token_counts.level_counts(codes_MxQ, codebook_size)
+def code_figures(counts_QxK: np.ndarray) -> dict[str, Any]:
+  """How evenly the codes of each level are used, from how often each occurs in held-out frames."""
+  codebook_size = counts_QxK.shape[1]
   perplexity_Q = token_counts.perplexity(counts_QxK)
   return {
       'codebook_size': codebook_size,
-      'perplexity_frames': int(len(codes_MxQ)),
+      'perplexity_frames': int(counts_QxK[0].sum()),
       'perplexity': [float(p) for p in perplexity_Q],
       'perplexity_share': [float(p) / codebook_size for p in perplexity_Q],
       'codes_used_share': [float(u) for u in np.mean(counts_QxK > 0, axis=1)],

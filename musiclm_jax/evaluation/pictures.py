@@ -38,10 +38,14 @@ def audio_uri(audio_N: np.ndarray, sample_rate: int = 24000) -> str:
   return data_uri(buffer.getvalue(), 'audio/flac')
 
 
-def _uri(figure: matplotlib_figure.Figure, kind: str) -> str:
+def _bytes(figure: matplotlib_figure.Figure, kind: str) -> bytes:
   buffer = io.BytesIO()
   figure.savefig(buffer, format=kind, facecolor='white', metadata={'Date': None} if kind == 'svg' else None)
-  return data_uri(buffer.getvalue(), 'image/svg+xml' if kind == 'svg' else 'image/png')
+  return buffer.getvalue()
+
+
+def _uri(figure: matplotlib_figure.Figure, kind: str) -> str:
+  return data_uri(_bytes(figure, kind), 'image/svg+xml' if kind == 'svg' else 'image/png')
 
 
 def spectrogram(audio_N: np.ndarray, sample_rate: int = 24000, *, bands: int = 96) -> np.ndarray:
@@ -142,6 +146,36 @@ def loss_curves_uri(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | No
   axes.tick_params(labelsize=8)
   axes.legend(fontsize=7, frameon=False)
   return _uri(figure, 'svg')
+
+
+def rate_distortion(curves: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]],
+                    lines: Mapping[str, Sequence[float]], measures: Sequence[str]) -> bytes:
+  """A PNG with one panel for each measure over the bitrate.
+
+  Args:
+    curves: by name, (kbit/s of each point, for each measure the values of the points).
+    lines: by name, for each measure the value of something that has no bitrate: a horizontal line.
+  """
+  figure = matplotlib_figure.Figure(figsize=(4.2 * len(measures), 3.2), dpi=130, layout='constrained')
+  for i, (axes, measure) in enumerate(zip(figure.subplots(1, len(measures), squeeze=False)[0], measures)):
+    for colour, (name, (rates, values)) in zip(_COLOURS, curves.items()):
+      axes.plot(rates, values[i], color=colour, marker='o', ms=3.5, lw=1.4, label=name)
+    for colour, style, (name, values) in zip(_COLOURS[len(curves):], ('--', ':', '-.'), lines.items()):
+      axes.axhline(values[i], color=colour, ls=style, lw=1.2, label=name)
+    axes.set_xscale('log')
+    axes.set_xticks(ticks := [2.0 ** n for n in range(-2, 8)], [f'{t:g}' for t in ticks])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    rates = [rate for points, _ in curves.values() for rate in points]
+    axes.set_xlim(0.8 * min(rates), 1.25 * max(rates))
+    for side in ('top', 'right'):
+      axes.spines[side].set_visible(False)
+    axes.grid(color='#e5e7eb', lw=0.6)
+    axes.set_xlabel('kbit/s', fontsize=8)
+    axes.set_title(measure, fontsize=9)
+    axes.tick_params(labelsize=8)
+    if not i:
+      axes.legend(fontsize=7, frameon=False)
+  return _bytes(figure, 'png')
 
 
 def _smooth(values_N: np.ndarray) -> np.ndarray:

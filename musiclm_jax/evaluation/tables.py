@@ -21,6 +21,13 @@ class Table:
     """Whether its rows hold sentences, which a narrow screen shows below each other."""
     return self.headers == _EXPLAINED
 
+  def text(self) -> str:
+    """For a terminal: columns under their headers, the first to the left and the others to the right."""
+    lines = [self.headers, *self.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(self.headers))]
+    return '\n'.join('  '.join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+                     for line in lines)
+
 
 @dataclasses.dataclass(frozen=True)
 class Section:

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from absl import logging
@@ -142,7 +143,10 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # of many kinds, from several threads
-      cause = ' '.join(str(error).split())[:300] or type(error).__name__
+      cause = ' '.join(str(error).split()) or type(error).__name__
+      # TensorStore tells what the system said behind all that it was doing, which may be pages.
+      system = re.search(r"os_error_code='(\d+)'", cause)
+      cause = (f'{os.strerror(int(system[1]))}: ' if system else '') + cause[:300]
       raise SaveFailed(f'a checkpoint could not be saved under {self._directory} ({cause}); the steps there are whole: '
                        'run the same command again to go on from the newest') from error
 

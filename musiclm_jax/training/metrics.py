@@ -29,8 +29,8 @@ class _Bar(NamedTuple):
 
 # A loss within a hundredth of chance has learned nothing either.
 _BARS = {
-    '_chance': _Bar(
-        lambda value, bar: value > bar - 0.01, 'at its chance level {:.4f}: nothing has been learned so far'),
+    '_chance': _Bar(lambda value, bar: value > bar - 0.01,
+                    'at its chance level {:.4f}: nothing has been learned so far'),
     '_floor': _Bar(operator.lt, 'under its floor {:.4f}: it has collapsed'),
 }
 

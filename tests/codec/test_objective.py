@@ -137,9 +137,23 @@ def test_update_moves_the_codebooks_only():
   _, params, buffers = split()
   (_, aux), _ = gradient(TRAINING, batch())
   after, metrics = TRAINING.update(buffers, aux.statistics, jax.random.key(0))
-  assert set(metrics) == {'perplexity_1', 'perplexity_3', 'restarts'}
+  levels = {f'{name}_{level}' for name in ('perplexity', 'restarts') for level in (1, 2, 3)}
+  assert set(metrics) == levels | {'restarts', 'perplexity_1_floor'}
+  assert float(metrics['restarts']) == pytest.approx(np.mean([metrics[f'restarts_{level}'] for level in (1, 2, 3)]))
+  assert float(metrics['perplexity_1_floor']) == pytest.approx(0.2 * 8)
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, buffers)
   assert np.abs(after['quantizer']['codebook'] - buffers['quantizer']['codebook']).max() > 0
+
+
+def test_it_is_told_who_is_winning():
+  (_, aux), _ = gradient(TRAINING, batch())
+  for name in ('judged_real', 'judged_decoded'):
+    assert 0 <= aux.metrics[name] <= 1
+  real = discriminators.Judgement(jnp.array([[2.0, -1.0]]), ())
+  fake = discriminators.Judgement(jnp.array([[-3.0, -1.0, 4.0, -4.0]]), ())
+  found = discriminators.balance([real], [fake])
+  expected = {'logit_real': 0.5, 'logit_decoded': -1.0, 'judged_real': 0.5, 'judged_decoded': 0.75}
+  assert found == {name: pytest.approx(value) for name, value in expected.items()}
 
 
 def test_a_few_steps_reduce_the_reconstruction():

@@ -53,6 +53,36 @@ def test_192_kilohertz_and_many_channels(tmp_path):
   assert signal_to_noise(audio, tone() * np.mean(np.arange(1, 7) / 6)) > 35
 
 
+def test_two_channels_stay_two_and_one_is_repeated(tmp_path):
+  path = write(tmp_path / 'a.wav', tone(rate=48000, channels=2), 48000, subtype='FLOAT')
+  segments = list(audio_files.segments(path, 0.5, 48000, 2))
+  assert [s.shape for s in segments] == [(24000, 2)] * 4
+  np.testing.assert_allclose(np.concatenate(segments), tone(rate=48000, channels=2), atol=1e-6)
+  resampled = np.concatenate(list(audio_files.segments(path, 0.5, 24000, 2)))
+  for channel in (0, 1):
+    assert signal_to_noise(resampled[:, channel], tone(channels=2)[:, channel]) > 35
+  mono = write(tmp_path / 'mono.wav', tone(), subtype='FLOAT')
+  both = np.concatenate(list(audio_files.segments(mono, 0.5, 24000, 2)))
+  np.testing.assert_array_equal(both[:, 0], both[:, 1])
+  np.testing.assert_allclose(both[:, 0], tone(), atol=1e-6)
+
+
+def test_more_channels_than_wanted_are_refused_unless_they_are_averaged(tmp_path):
+  path = write(tmp_path / 'a.wav', tone(channels=6))
+  assert audio_files.check(path).channels == 6
+  with pytest.raises(audio_files.AudioFault, match='number of channels: 6, where 2 are wanted: mix it to 2 first'):
+    audio_files.check(path, channels=2)
+  with pytest.raises(audio_files.AudioFault, match='wrong number of channels'):
+    list(audio_files.segments(path, 1.0, 24000, 2))
+
+
+def test_channels_that_cancel_are_silent_as_one_and_not_as_two(tmp_path):
+  path = write(tmp_path / 'a.wav', tone()[:, None] * [1, -1])
+  with pytest.raises(audio_files.AudioFault, match='silent'):
+    audio_files.check(path)
+  assert audio_files.check(path, channels=2).peak == pytest.approx(0.5, abs=1e-3)
+
+
 def test_sixteen_bits_at_24_kilohertz_are_untouched(tmp_path):
   pcm = np.random.default_rng(0).integers(-32768, 32767, 30000).astype(np.int16)
   soundfile.write(tmp_path / 'a.flac', pcm, 24000)

@@ -136,6 +136,74 @@ def test_fingerprint_covers_everything_that_changes_a_batch():
   assert len({make(), *others}) == 6
 
 
+def stereo(i, samples=1000):
+  """Left and right are ramps of opposite sign."""
+  left = ramp(i, samples)['audio']
+  return {**ramp(i), 'audio': np.stack([left, -left], axis=1)}
+
+
+def test_crops_of_more_channels_keep_them_together():
+  stream = batches.AudioBatches(
+      Clips([stereo(i) for i in range(1, 9)]), seconds=100 / RATE, batch_size=8, seed=3, channels=2)
+  batch = stream(0)
+  assert batch['audio'].shape == stream.spec()['audio'].shape == (8, 100, 2)
+  np.testing.assert_array_equal(batch['audio'][..., 0], -batch['audio'][..., 1])
+  np.testing.assert_allclose(np.diff(batch['audio'][..., 0]), 2.0 ** -15, rtol=1e-2)
+
+
+@pytest.mark.parametrize('clip, channels, message', [
+    (ramp(0), 2, 'clip 0 has 1 channel, the network takes 2'),
+    (stereo(0), 1, 'clip 0 has 2 channels, the network takes 1')])
+def test_other_numbers_of_channels_are_refused(clip, channels, message):
+  with pytest.raises(ValueError, match=message):
+    batches.AudioBatches(Clips([clip]), seconds=50 / RATE, batch_size=1, channels=channels)(0)
+
+
+@pytest.mark.parametrize('channels', [1, 2])
+def test_a_record_set_keeps_its_channels_and_says_so_before_training(tmp_path, channels):
+  header = records.Header('audio', records.audio_streams(RATE, channels))
+  make = ramp if channels == 1 else stereo
+  clips = [{**make(0), 'audio': make(0)['audio'] * 0.9} for _ in range(3)]
+  records.write_records(tmp_path, {'train': clips}, header)
+  corpus = source.open_corpus(tmp_path, 'train', reader='direct')
+  np.testing.assert_allclose(corpus[1]['audio'], clips[1]['audio'], atol=1e-4)
+  assert corpus.durations[0] == pytest.approx(1000 / RATE)
+  batches.AudioBatches(corpus, seconds=0.01, batch_size=2, channels=channels)(0)
+  words = f'the record set has {channels} channels?, the network takes {3 - channels}: .* --channels {3 - channels}'
+  with pytest.raises(ValueError, match=words):
+    batches.AudioBatches(corpus, seconds=0.01, batch_size=2, channels=3 - channels)
+
+
+def noisy(noise, **more):
+  options = {'seconds': 100 / RATE, 'batch_size': 8, 'seed': 3, **more}
+  return batches.AudioBatches(Clips([ramp(i) for i in range(20)]), noise=noise, **options)
+
+
+def test_each_slot_comes_with_a_noise_of_its_own():
+  """The same one for any number of hosts, whatever else is in the batch; the music is that without noise."""
+  noises = Clips([ramp(i + 100, 300) for i in range(50)], 'noises')
+  stream = noisy(noises)
+  whole = stream(5)
+  assert whole['noise'].shape == stream.spec()['noise'].shape == (8, 100)
+  np.testing.assert_array_equal(whole['audio'], noisy(None)(5)['audio'])
+  parts = [stream(5, host, 4)['noise'] for host in range(4)]
+  np.testing.assert_array_equal(np.concatenate(parts), whole['noise'])
+  drawn = np.concatenate([stream(step)['noise'][:, 0] for step in range(40)])
+  assert len(set(drawn // 1)) == 50 and len(set(drawn)) > 200
+  assert stream.fingerprint not in (noisy(None).fingerprint, noisy(Clips(noises.examples, 'others')).fingerprint)
+
+
+def test_short_noise_is_repeated_and_one_channel_serves_all():
+  short = Clips([ramp(1, 30)], 'noises')
+  batch = noisy(short)(0)
+  np.testing.assert_array_equal(batch['noise'][0], np.tile(ramp(1, 30)['audio'], 4)[:100])
+  both = batches.AudioBatches(Clips([stereo(0)]), seconds=100 / RATE, batch_size=1, channels=2, noise=short)(0)
+  np.testing.assert_array_equal(both['noise'][0], np.stack([batch['noise'][0]] * 2, axis=1))
+  wrong = Clips([{**ramp(1), 'sample_rate': 8000}], 'noises')
+  with pytest.raises(ValueError, match='8000 samples a second, the network takes 24000'):
+    noisy(wrong)(0)
+
+
 TEXTS = [('tags', 't'), ('description', 'dd'), ('description', 'DD'), ('title', 'i'), ('chatter', 'c')]
 
 

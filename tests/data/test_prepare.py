@@ -62,6 +62,24 @@ def test_a_plain_folder(music, tmp_path):
   assert 'train' in manifest.summary()
 
 
+def test_stereo_at_another_rate(tmp_path):
+  folder = tmp_path / 'music'
+  folder.mkdir()
+  both = NOISE[:48000 * 2].reshape(-1, 2)[:48000]
+  soundfile.write(folder / 'both.wav', both, 48000)
+  soundfile.write(folder / 'surround.wav', np.stack([NOISE[:48000]] * 6, axis=1), 48000)
+  song(folder, 'mono.wav')
+  manifest = prepared(folder, tmp_path / 'out', sample_rate=48000, channels=2, held_out_share=0)
+  assert manifest.header.streams == {'audio': {'sample_rate': 48000, 'channels': 2}}
+  assert manifest.skipped['wrong number of channels']['files'] == ['surround.wav']
+  made = {e['recording']: e for e in examples(tmp_path / 'out', 'train')}
+  np.testing.assert_allclose(made['both.wav']['audio'], both, atol=1e-4)
+  assert made['mono.wav']['audio'].shape == (72000, 2) and made['mono.wav']['sample_rate'] == 48000
+  assert manifest.hours('train') * 3600 == pytest.approx(2.5)
+  with pytest.raises(ValueError, match='prepared with other settings: audio'):
+    prepared(folder, tmp_path / 'out', held_out_share=0)
+
+
 def test_the_result_does_not_depend_on_the_workers(music, tmp_path):
   one = prepared(music, tmp_path / 'one')
   two = prepare.prepare_folder(music, tmp_path / 'two', workers=2)

@@ -34,8 +34,7 @@ def test_killed_at_any_call_of_a_save_the_newest_step_is_whole(tmp_path, keep):
 
 
 @pytest.mark.parametrize('number, at', [
-    pytest.param(number, at, marks=pytest.mark.slow if (number, at) in ((errno.ENOSPC, 15), (errno.EIO, 120))
-                 else pytest.mark.soak)
+    pytest.param(number, at, marks=pytest.mark.soak)
     for number in (errno.ENOSPC, errno.EIO) for at in (0, 15, 40, 120)])
 def test_a_save_that_fails_ends_the_run_with_its_cause(environment, tokens, tmp_path, number, at):  # noqa: F811
   """Drill 4: from some call of the first save on, the disk is full, or broken."""
@@ -56,7 +55,7 @@ def test_a_save_that_fails_ends_the_run_with_its_cause(environment, tokens, tmp_
   assert_same_end(tmp_path / 'whole', workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(environment, tokens, tmp_path):  # noqa: F811
   """Drill 4, on a small file system that is really full."""
   disk = tmp_path / 'disk'

@@ -50,6 +50,33 @@ def test_constant_sound_is_its_own_median():
   assert 'another_clip' not in baselines
 
 
+def test_log_spectral_distance_of_a_gain_is_the_gain():
+  noise = np.random.default_rng(0).standard_normal((2, RATE // 2)).astype(np.float32) * 0.1
+  np.testing.assert_allclose(audio_measures.log_spectral_distance(noise, noise / 2), 20 * np.log10(2), rtol=2e-3)
+  np.testing.assert_array_equal(audio_measures.log_spectral_distance(noise, noise), 0)
+
+
+def test_log_spectral_distance_hears_nothing_80_db_below_the_loudest_cell():
+  t = np.arange(RATE) / RATE
+  tone = np.sin(2 * np.pi * 750 * t)[None]  # on a bin: nothing elsewhere but at the ends
+  assert audio_measures.log_spectral_distance(tone, tone + 1e-6 * np.sin(2 * np.pi * 6000 * t))[0] < 0.01
+  assert audio_measures.log_spectral_distance(tone, tone + 1e-2 * np.sin(2 * np.pi * 6000 * t))[0] > 0.5
+  quiet = audio_measures.log_spectral_distance(1e-3 * tone, 1e-3 * tone + 1e-5 * np.sin(2 * np.pi * 6000 * t))
+  np.testing.assert_allclose(
+      quiet, audio_measures.log_spectral_distance(tone, tone + 1e-2 * np.sin(2 * np.pi * 6000 * t)), rtol=1e-3)
+
+
+@pytest.mark.parametrize('samples', [1, 511, 6000, 11999])
+def test_distances_of_a_padded_clip_are_those_of_the_clip(samples):
+  x = tones(1)
+  y = x + 0.05 * np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+  found = audio_measures.distances(x, y, np.array([samples]), sample_rate=RATE)
+  x, y = x[:, :samples], y[:, :samples]
+  np.testing.assert_allclose(found.si_sdr, audio_measures.si_sdr(x, y), rtol=1e-6)
+  np.testing.assert_allclose(found.mel_distance, audio_measures.mel_distance(x, y), rtol=1e-4)
+  np.testing.assert_allclose(found.log_spectral_distance, audio_measures.log_spectral_distance(x, y), rtol=1e-4)
+
+
 def test_training_and_report_measure_the_same():
   x = tones()
   y = x + 0.05 * np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)

@@ -119,6 +119,30 @@ def test_candidates_are_residuals_of_their_level_from_all_over_the_global_batch(
   assert origins == set(range(6))
 
 
+def test_a_step_over_eight_devices_is_that_of_one(fitted):
+  """The codebooks follow the global batch: counts, sums and the rows that replace dead codes."""
+  old = buffers_of(fitted)
+  old['count'] = old['count'].at[1, 3].set(1e-4).at[2, 5].set(1e-4)
+  graphdef, _ = nnx.split(fitted)
+
+  @jax.jit
+  def step(buffers, x_BxTxD, levels_B, slot_B):
+    out = nnx.merge(graphdef, buffers).quantize(
+        x_BxTxD, levels_B=levels_B, slot_B=slot_B, batch_size=16, key=jax.random.key(4))
+    return quantize.ema_update(buffers, out.statistics), out.indices_BxTxQ
+
+  batch = (jax.random.normal(jax.random.key(5), (16, 20, D)), jnp.arange(16) % Q + 1, jnp.arange(16))
+  (one, metrics), indices = step(old, *batch)
+  assert jnp.sum(metrics['restarts']) * K >= 2
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ('data',))
+  put = lambda tree, spec: jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+  (many, sharded_metrics), sharded_indices = step(put(old, jax.P()), *put(batch, jax.P('data')))
+  assert len(sharded_indices.sharding.device_set) == 8
+  np.testing.assert_array_equal(indices, sharded_indices)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (one, metrics),
+               (many, sharded_metrics))
+
+
 def test_commitment_pulls_the_input_to_its_codes(fitted, x_BxTxD):
   gradient = jax.grad(lambda x: fitted.quantize(x, levels_B=jnp.ones((6,), int)).commitment_B.sum())(x_BxTxD)
   code = fitted.decode(fitted.encode(x_BxTxD, 1))
