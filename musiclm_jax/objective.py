@@ -37,7 +37,7 @@ class Media:
   """What a network makes of some examples, for the ear.
 
   Attributes:
-    audio: float32 [B, N] by name, all of one shape; row b of each belongs to example b.
+    audio: float32 [B, N], or [B, N, C] of C channels, by name, all of one shape; row b of each belongs to example b.
     sample_rate: in Hz.
   """
 

@@ -228,9 +228,7 @@ class CodecTraining(objective.Objective):
     audio = batch['audio'].astype(jnp.float32)
     indices = model.encode(audio)
     decoded = {f'levels_{n:02}': model.decode(indices[..., :n]) for n in self._measured_levels}
-    mono = lambda x: x if x.ndim == 2 else jnp.mean(x, axis=-1)
-    return objective.Media({'original': mono(audio), **{k: mono(x) for k, x in decoded.items()}},
-                           self.codec.sample_rate)
+    return objective.Media({'original': audio, **decoded}, self.codec.sample_rate)
 
   def reconstruction(self, audio_BxN: jax.Array, decoded_BxN: jax.Array) -> jax.Array:
     """Multi-scale mel loss [B]: sum over scales s of |S - S'|_1 + sqrt(s / 2) |log S - log S'|_2.

@@ -65,12 +65,15 @@ def spectrogram_uri(audio_N: np.ndarray, sample_rate: int = 24000) -> str:
 
 
 def spectrograms(sounds: Mapping[str, np.ndarray], sample_rate: int = 24000) -> np.ndarray:
-  """Spectrograms of sounds [N] by name, one below the other, as a picture of uint8 [H, W, 3]."""
+  """Spectrograms of sounds by name, one below the other, as a picture of uint8 [H, W, 3]; of the mean of channels.
+
+  Sounds are [N], or [N, C] of C channels.
+  """
   width, height = _SPECTROGRAM_INCHES
   figure = matplotlib_figure.Figure(figsize=(width, height * len(sounds)), dpi=110, layout='constrained')
   canvas = backend_agg.FigureCanvasAgg(figure)
   for axes, (name, audio_N) in zip(figure.subplots(len(sounds), squeeze=False)[:, 0], sounds.items()):
-    _draw_spectrogram(axes, audio_N, sample_rate)
+    _draw_spectrogram(axes, audio_N if audio_N.ndim == 1 else audio_N.mean(axis=1), sample_rate)
     axes.set_title(name, fontsize=8, loc='left')
   canvas.draw()
   return np.array(canvas.buffer_rgba())[..., :3]

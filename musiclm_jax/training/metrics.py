@@ -34,7 +34,7 @@ _BARS = {
     '_floor': _Bar(operator.lt, 'under its floor {:.4f}: it has collapsed'),
 }
 
-Draw = Callable[[dict[str, np.ndarray], int], np.ndarray]  # sounds [N] by name, their rate -> picture uint8 [H, W, 3]
+Draw = Callable[[dict[str, np.ndarray], int], np.ndarray]  # sounds by name, their rate -> picture uint8 [H, W, 3]
 
 
 class NonFiniteLoss(RuntimeError):

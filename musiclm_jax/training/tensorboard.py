@@ -47,8 +47,10 @@ class EventFile:
     self._write(step=step, summary=Summary(value=points))
 
   def audio(self, step: int, tag: str, audio_N: np.ndarray, sample_rate: int) -> None:
-    """A clip [N] or [N, C] as WAV of 16 bit; what lies beyond [-1, 1] is cut off."""
+    """A clip [N] or [N, C] as WAV of 16 bit, of more than two channels their mean; beyond [-1, 1] it is cut off."""
     from tensorboardX import summary
+    if audio_N.ndim == 2 and audio_N.shape[1] > 2:
+      audio_N = audio_N.mean(axis=1)
     audio_N = np.clip(np.nan_to_num(np.asarray(audio_N, np.float32)), -1.0, 1.0)
     self._write(step=step, summary=summary.audio(tag, audio_N, sample_rate))
 

@@ -203,6 +203,8 @@ def test_spectrograms_of_sounds_are_one_picture():
   assert three.shape == (3 * one.shape[0], one.shape[1], 3)
   tone_mean, silence_mean, _ = (panel.mean() for panel in np.split(three, 3))
   assert tone_mean > silence_mean + 1
+  stereo = pictures.spectrograms({'tone': np.stack([2 * tone, 0 * tone], axis=1)}, 24000)
+  np.testing.assert_array_equal(stereo, one)
 
 
 def test_spectrogram_of_a_tone_is_bright_at_its_pitch():

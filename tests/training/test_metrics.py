@@ -67,6 +67,22 @@ def test_sounds_and_pictures_of_each_example_go_to_tensorboard(tmp_path):
   assert not (tmp_path / 'metrics.jsonl').exists()
 
 
+@pytest.mark.parametrize(('channels', 'heard'), [(2, 2), (3, 1)])
+def test_channels_are_heard_as_they_are_or_as_their_mean(channels, heard, tmp_path):
+  pytest.importorskip('tensorboardX')
+  soundfile = pytest.importorskip('soundfile')
+  import io
+  from tests.training import event_files
+  audio_BxNxC = np.random.default_rng(0).uniform(-0.5, 0.5, (1, 16, channels)).astype(np.float32)
+  writer = metrics.MetricsWriter(tmp_path, tensorboard=True)
+  writer.write_media(1, Media({'x': audio_BxNxC}, 8000), lambda sounds, rate: np.zeros((1, 1, 3), np.uint8))
+  writer.close()
+  (sound,) = event_files.values(tmp_path / 'tensorboard')['clip_1/x', 1]
+  samples, _ = soundfile.read(io.BytesIO(sound.audio.encoded_audio_string), always_2d=True)
+  expected = audio_BxNxC[0] if heard == 2 else audio_BxNxC[0].mean(axis=1, keepdims=True)
+  np.testing.assert_allclose(samples, expected, atol=1e-4)
+
+
 def test_a_writer_with_nothing_to_write_or_without_tensorboard_leaves_no_event_file(tmp_path):
   metrics.MetricsWriter(tmp_path, 20, tensorboard=True).close()
   writer = metrics.MetricsWriter(tmp_path)
