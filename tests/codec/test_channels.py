@@ -55,16 +55,14 @@ def test_other_shapes_are_refused(codec, shape):
 
 
 def test_reconstruction_hears_where_between_the_channels_a_sound_is():
-  """Equal spectra of both channels, and another phase between them: only mid and side tell."""
-  time = np.arange(TRAINING.samples) / 24000
-  left, right = np.sin(2 * np.pi * 1000 * time), np.cos(2 * np.pi * 1000 * time)
-  pair = lambda a, b: jnp.asarray(np.stack([a, b], axis=-1)[None], jnp.float32)
-  centre, wide = pair(left, left), pair(left, right)
-  same = float(TRAINING.reconstruction(centre, centre)[0])
-  assert float(TRAINING.reconstruction(centre, wide)[0]) > same + 0.1 * TRAINING.unit
-  mono = configs.TRAINING
-  alone = float(mono.reconstruction(centre[..., 1], wide[..., 1])[0])
-  assert alone < same + 0.1 * TRAINING.unit
+  """The channels sound alike, one of them upside down: what is in the middle and what is at the sides are exchanged."""
+  x = stereo(frames=10)[..., 0]
+  pair = lambda right: jnp.stack([x, right], axis=-1)
+  centre, wide = pair(x), pair(-x)
+  by_channel = configs.TRAINING.reconstruction(centre[..., 1], wide[..., 1])
+  np.testing.assert_allclose(by_channel, configs.TRAINING.reconstruction(x, x), atol=1e-3)
+  apart = TRAINING.reconstruction(centre, wide) - TRAINING.reconstruction(centre, centre)
+  assert (apart > 2 * TRAINING.unit).all()
 
 
 def test_reconstruction_of_two_equal_channels_is_that_of_one_without_their_empty_side():
@@ -92,7 +90,9 @@ def test_a_step_of_training_reaches_every_parameter():
   (loss, _), grads = gradient(TRAINING, given)
   assert np.isfinite(loss)
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-    assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+    # As many real as decoded frames inside the margin of the hinge pull the last bias both ways.
+    balanced = [k.key for k in path[-2:]] == ['last', 'b'] and path[0].key == 'discriminators'
+    assert np.isfinite(leaf).all() and (balanced or np.abs(leaf).max() > 0), jax.tree_util.keystr(path)
 
 
 def test_evaluation_measures_every_channel():
