@@ -15,6 +15,7 @@ import re
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -137,17 +138,26 @@ def _start_logging() -> None:
   importlib.import_module('absl.logging').set_verbosity('info')
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  handler.addFilter(lambda record: record.levelno >= logging.WARNING or 'musiclm_jax' in record.pathname)
+  handler.addFilter(_is_news)
   logger = logging.getLogger('absl')
   logger.handlers, logger.propagate = [handler], False
-  # The trainer says in one line why a save failed; Orbax's threads and tasks would tell it again with tracebacks.
+  # The trainer says in one line why a save failed; Orbax's log, threads and tasks would tell it again with tracebacks.
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
-  threading.excepthook = _unless_orbax
+  threading.excepthook = lambda found: _of_a_save(found.exc_traceback) or threading.__excepthook__(found)
+  sys.unraisablehook = lambda found: _of_a_save(found.exc_traceback) or sys.__unraisablehook__(found)
 
 
-def _unless_orbax(found: threading.ExceptHookArgs) -> None:
-  if not any('orbax' in Path(frame.filename).parts for frame in traceback.extract_tb(found.exc_traceback)):
-    threading.__excepthook__(found)
+def _is_news(record: logging.LogRecord) -> bool:
+  if record.exc_info and 'orbax' in Path(record.pathname).parts:
+    return False
+  return record.levelno >= logging.WARNING or Path(record.pathname).is_relative_to(Path(__file__).parent)
+
+
+def _of_a_save(raised: types.TracebackType | None) -> bool:
+  """Whether it was raised in Orbax, or where TensorStore answers an event loop of Orbax that has ended."""
+  frames = traceback.extract_tb(raised)
+  return any('orbax' in Path(frame.filename).parts for frame in frames) or (
+      bool(frames) and all('asyncio' in Path(frame.filename).parts for frame in frames))
 
 
 def extract(args: argparse.Namespace) -> None:
@@ -487,6 +497,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if show or not expected:
       traceback.print_exception(error)
     print(f'musiclm: error: {text}', file=sys.stderr)
+    if type(error).__name__ == 'SaveFailed':
+      # Orbax's threads wait for parts of that save that will never come, and would hold the process for five minutes.
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(code)
     sys.exit(code)
   sys.exit(0)
 
