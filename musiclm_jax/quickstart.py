@@ -38,11 +38,13 @@ class Step:
 
   Attributes:
     arguments: of `musiclm`. after: the steps whose results it reads.
+    all_processors: whether it has all of them and not a lane's: the others wait for it anyhow.
   """
 
   name: str
   arguments: tuple[str, ...]
   after: tuple[str, ...] = ()
+  all_processors: bool = False
 
 
 class StepFailed(RuntimeError):
@@ -56,12 +58,15 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
   pairs = PAIRS if own_pairs else RECORDS
   steps = []
   if audio_dir is None:
-    steps.append(Step('prepare', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(RECORDS))))
+    steps.append(Step('prepare', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(RECORDS)),
+                      all_processors=True))
   else:
     extra = ('--captions', captions) if captions else ()
-    steps.append(Step('prepare', ('prepare', '--audio_dir', audio_dir, *extra, '--output_dir', path(RECORDS))))
+    steps.append(Step('prepare', ('prepare', '--audio_dir', audio_dir, *extra, '--output_dir', path(RECORDS)),
+                      all_processors=True))
   if own_pairs:
-    steps.append(Step('pairs', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(PAIRS))))
+    steps.append(Step('pairs', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(PAIRS)),
+                      all_processors=True))
   with_pairs = ('pairs',) if own_pairs else ('prepare',)
 
   def train(name: str, experiment: str, after: tuple[str, ...], *, workdir: str = '', **macros: Any) -> Step:
@@ -81,12 +86,12 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
       train('untrained_semantic_tokens', 'semantic_tokens', ('untrained_w2v_bert',), RECORDS=path(RECORDS),
             W2V_WORKDIR=path(BASELINES, 'w2v_bert'), workdir=path(BASELINES, 'semantic_tokens')),
       Step('extract', ('extract', '--input', path(RECORDS), '--workdir', str(root), '--output', path(TOKENS)),
-           ('codec', 'mulan_tokens', 'semantic_tokens')),
+           ('codec', 'mulan_tokens', 'semantic_tokens'), all_processors=True),
       train('coarse_lm', 'coarse_lm', ('extract',), TOKENS=path(TOKENS)),
       train('fine_lm', 'fine_lm', ('extract',), TOKENS=path(TOKENS)),
       train('semantic_lm', 'semantic_lm', ('extract',), TOKENS=path(TOKENS)),
       Step('report', ('evaluate', '--workdir', str(root), '--output', str(root), '--seed', str(seed)),
-           ('semantic_lm', 'coarse_lm', 'fine_lm', 'untrained_semantic_tokens')),
+           ('semantic_lm', 'coarse_lm', 'fine_lm', 'untrained_semantic_tokens'), all_processors=True),
   ]
 
 
@@ -107,7 +112,11 @@ def run(workdir: str, *, audio_dir: str | None = None, captions: str | None = No
 
 
 class _Scheduler:
-  """Runs steps in up to two lanes, each with half of the processors; a step that runs alone has them all."""
+  """Runs steps in up to two lanes, each with half of the processors.
+
+  How many a step has is part of the plan and does not depend on what else is running: sums are made in an order that
+  depends on the number of threads, and a quickstart that was stopped must end with the same numbers.
+  """
 
   def __init__(self, root: pathlib.Path, steps: list[Step], seed: int):
     self.root, self.steps, self.seed = root, steps, seed
@@ -120,9 +129,9 @@ class _Scheduler:
     for step in steps:
       if not self.done.issuperset(step.after):
         self.done.discard(step.name)
-    processors = sorted(_processors())
-    half = (len(processors) + 1) // 2
-    self.lanes = [processors[:half], processors[half:]] if len(processors) > 1 else [processors]
+    self.processors = sorted(_processors())
+    half = len(self.processors) // 2
+    self.lanes = [self.processors[:half], self.processors[half:2 * half]] if half else [self.processors]
     self.running: dict[str, tuple[subprocess.Popen, int, float]] = {}
 
   def _marker(self, name: str) -> dict[str, Any]:
@@ -158,8 +167,7 @@ class _Scheduler:
       free = [lane for lane in range(len(self.lanes)) if lane not in {lane for _, lane, _ in self.running.values()}]
       if not free:
         return
-      alone = len(ready) == 1 and not self.running
-      processors = sum(self.lanes, []) if alone else self.lanes[free[0]]
+      processors = self.processors if step.all_processors else self.lanes[free[0]]
       self.running[step.name] = (self._start(step, processors), free[0], time.monotonic())
 
   def _start(self, step: Step, processors: list[int]) -> subprocess.Popen:

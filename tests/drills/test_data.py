@@ -47,7 +47,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 '''
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_ten_hours_in_one_file_need_no_more_memory_than_one(tmp_path):
   """Drill 11."""
   peaks = {}

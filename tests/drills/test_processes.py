@@ -34,7 +34,7 @@ def await_step(processes, folder, step):
   assert _steps_logged(folder) >= step
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize('asked', [1, 0])
 def test_one_of_two_asked_to_stop_both_save_the_same_step(environment, tokens, tmp_path, asked):
   """Drill 3, with two processes."""
