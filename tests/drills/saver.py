@@ -3,7 +3,7 @@
 A copy is what a process that was killed at that moment would have left behind. Killing it for real, some hundred times,
 would spend an hour on starting processes; `test_every_training.py` kills some.
 
-  saver.py FOLDER KEEP      prints one JSON line for each copy that differs from the one before
+  saver.py FOLDER KEEP      prints one JSON line for each copy that differs from the one before, and for the end
 """
 import ctypes
 import dataclasses
@@ -81,8 +81,7 @@ def main(folder, keep):
   calls = faults.faults_stop()
   print(json.dumps({'calls': calls}))
   last = None
-  for number in range(calls):
-    copy = copies / str(number)
+  for number, copy in enumerate([*(copies / str(n) for n in range(calls)), work]):  # the last is what no kill met
     if (now := digest(copy)) != last:
       last = now
       print(json.dumps({'call': number, **examine(copy, keep, 1, 2)}), flush=True)
