@@ -25,6 +25,11 @@ def frames_in(seconds: float, frame_rate: float) -> int:
   return int(math.floor(seconds * frame_rate + 1e-6))
 
 
+def channel_axis(channels: int) -> tuple[int, ...]:
+  """What follows the samples in the shape of audio: nothing for one channel, else the channels as a last axis."""
+  return () if channels == 1 else (channels,)
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenSpec:
   """A stream of discrete tokens, or a range of levels of one.

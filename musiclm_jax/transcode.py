@@ -13,6 +13,7 @@ import pathlib
 import numpy as np
 import soundfile
 
+from musiclm_jax import specs
 from musiclm_jax.codec.bitstream import BitstreamReader, BitstreamWriter, StreamHeader
 from musiclm_jax.codec.model import SoundStream
 from musiclm_jax.data import audio_files, records
@@ -67,7 +68,7 @@ class Transcoder:
     asked = lambda half: {'denoise': True} if denoise and self.config.denoise_at == half else {}
     self._encode = states.compiled(codec.model, 'encode_step', **asked('encoder'))
     self._decode = states.compiled(codec.model, 'decode_step', **asked('decoder'))
-    self._channels = () if self.config.channels == 1 else (self.config.channels,)
+    self._channel_axis = specs.channel_axis(self.config.channels)
 
   def encode(self, source: str | os.PathLike, target: str | os.PathLike, *, levels: int | None = None) -> Transcoded:
     """An audio file to a compressed one with the first `levels` levels (all of them by default).
@@ -139,7 +140,7 @@ class Transcoder:
         raise ValueError(f'{source}: {fault}') from None
       if block is None:
         break
-      padded = np.zeros((1, self.block_frames * stride, *self._channels), np.float32)
+      padded = np.zeros((1, self.block_frames * stride, *self._channel_axis), np.float32)
       padded[0, :len(block)] = block
       tokens_BxFxQ, state = self._encode(padded, state)
       count += 1
@@ -151,7 +152,7 @@ class Transcoder:
                  samples: Callable[[], int]) -> None:
     """Decodes blocks of tokens [F, Q]; `samples` says, after the last, how many there are of the recording."""
     state = self.codec.model.init_state(1)
-    written, held = 0, np.zeros((0, *self._channels), np.float32)
+    written, held = 0, np.zeros((0, *self._channel_axis), np.float32)
     with records.replacing(target) as file:
       with soundfile.SoundFile(file, 'w', header.sample_rate, self.config.channels, 'PCM_16', format='WAV') as wav:
         for tokens_FxQ in blocks:

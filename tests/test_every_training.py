@@ -1,7 +1,6 @@
 """What holds for each of the six trainings: microbatches, meshes, processes and kills change nothing."""
 import importlib.util
 import json
-import os
 import random
 import signal
 import socket
@@ -19,7 +18,7 @@ from musiclm_jax import axes
 from musiclm_jax.training import checkpoint, optimizer as optimizers, state as states
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton
-from tests.trainings import STAGES, TRAININGS, WAVEFORMS, experiment, write_tokens
+from tests.trainings import STAGES, TRAININGS, WAVEFORMS, as_a_user, experiment, write_tokens
 
 
 @pytest.fixture(scope='session')
@@ -114,9 +113,7 @@ def command(name, tokens, workdir, steps, **macros):
 @pytest.fixture(scope='session')
 def environment(tmp_path_factory):
   """One device, records read without TensorFlow, and compiled programs shared by all processes of the session."""
-  return {**os.environ, 'XLA_FLAGS': '', 'MUSICLM_READER': 'direct',
-          'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
-          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
+  return as_a_user(tmp_path_factory.mktemp('compiled'), MUSICLM_READER='direct')
 
 
 def finish(arguments, environment, timeout=600):

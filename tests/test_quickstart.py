@@ -1,6 +1,5 @@
 """The whole chain at size nano, as a newcomer runs it."""
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -12,15 +11,14 @@ import pytest
 
 from musiclm_jax import quickstart
 from musiclm_jax.training import checkpoint
+from tests.trainings import as_a_user
 
 NETWORKS = ('codec', 'mulan', 'mulan_tokens', 'w2v_bert', 'semantic_tokens', 'semantic_lm', 'coarse_lm', 'fine_lm')
 
 
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
-  return {**os.environ, 'XLA_FLAGS': '', 'MUSICLM_READER': 'direct',
-          'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
-          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
+  return as_a_user(tmp_path_factory.mktemp('compiled'), MUSICLM_READER='direct')
 
 
 def arguments(workdir, *more):

@@ -12,17 +12,12 @@ from musiclm_jax import transcode
 from musiclm_jax.codec import model as soundstream
 from musiclm_jax.codec.bitstream import BitstreamReader
 from musiclm_jax.training import state as states
-from tests.trainings import experiment, write_signals
+from tests.trainings import experiment, make_codec
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A codec at size nano, trained for a step."""
-  folder = tmp_path_factory.mktemp('runs')
-  audio = write_signals(folder / 'audio')
-  built = experiment('codec', RECORDS=audio, NUM_STEPS=1, **{'partition.Partitioner.data': 1})
-  built.build(workdir=str(folder / 'codec'), dry_run=False)
-  return folder / 'codec'
+  return make_codec(tmp_path_factory.mktemp('runs'))
 
 
 @pytest.fixture(scope='module')

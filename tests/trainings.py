@@ -64,6 +64,21 @@ def make_networks(folder: str | os.PathLike, audio: str | os.PathLike) -> pathli
   return folder
 
 
+def make_codec(folder: str | os.PathLike) -> pathlib.Path:
+  """The workdir `codec` of a codec at size nano that was trained for a step, beside the records `audio` of it."""
+  folder = pathlib.Path(folder)
+  audio = write_signals(folder / 'audio')
+  built = experiment('codec', RECORDS=audio, NUM_STEPS=1, **{'partition.Partitioner.data': 1})
+  built.build(workdir=str(folder / 'codec'), dry_run=False)
+  return folder / 'codec'
+
+
+def as_a_user(compiled: str | os.PathLike, **more: str) -> dict[str, str]:
+  """The environment of commands: one device, and programs compiled as a user's are and kept in `compiled`."""
+  return {**os.environ, 'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(compiled),
+          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2', **more}
+
+
 def write_signals(folder: str | os.PathLike, *, clips: int = 30, held_out: int = 4, shards: int = 5,
                   seconds: float = 2.0) -> pathlib.Path:
   """Audio records each of which is noise seeded by its index, and carries the index; the last clips are shorter."""

@@ -222,7 +222,7 @@ class SoundStream(nnx.Module):
   def _samples(self, audio_BxN: jax.Array) -> jax.Array:
     """[B, N, C], after a look at the shape."""
     channels = self.config.channels
-    fits = audio_BxN.ndim == 2 if channels == 1 else audio_BxN.ndim == 3 and audio_BxN.shape[2] == channels
+    fits = audio_BxN.ndim > 1 and audio_BxN.shape[2:] == specs.channel_axis(channels)
     if not fits or audio_BxN.shape[1] % self.config.stride:
       wanted = 'mono audio [batch, samples]' if channels == 1 else f'audio [batch, samples, {channels} channels]'
       raise ValueError(

@@ -138,8 +138,8 @@ class CodecTraining(objective.Objective):
         rngs=rngs)
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    channels = () if self.codec.channels == 1 else (self.codec.channels,)
-    audio = jax.ShapeDtypeStruct((batch_size, self.samples, *channels), jnp.float32)
+    shape = (batch_size, self.samples, *specs.channel_axis(self.codec.channels))
+    audio = jax.ShapeDtypeStruct(shape, jnp.float32)
     return {
         'audio': audio, **({'noise': audio} if self.codec.denoise_at else {}),
         'slot': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
@@ -267,10 +267,14 @@ class CodecTraining(objective.Objective):
     audio = batch['audio'].astype(jnp.float32)
     if not self.codec.denoise_at or not training:
       return audio, audio, False, False
-    heard, target, denoise_B = denoising.add_noise(
-        audio, batch['noise'].astype(jnp.float32), jax.random.fold_in(key, _NOISE), batch['slot'],
-        noisy_share=self.noisy_share, gains_db=self.noise_gains_db)
+    heard, target, denoise_B = self._noisy(batch, key, self.noisy_share)
     return heard, target, *self._conditions(denoise_B)
+
+  def _noisy(self, batch: objective.Batch, key: jax.Array, share: float) -> denoising.Noisy:
+    """The batch with noise in `share` of its examples."""
+    music, noise = (batch[name].astype(jnp.float32) for name in ('audio', 'noise'))
+    return denoising.add_noise(music, noise, jax.random.fold_in(key, _NOISE), batch['slot'], noisy_share=share,
+                               gains_db=self.noise_gains_db)
 
   def _conditions(self, denoise: bool | jax.Array) -> tuple[bool | jax.Array, bool | jax.Array]:
     """The condition for the encoder and for the decoder."""
@@ -326,9 +330,7 @@ class CodecTraining(objective.Objective):
       metrics[f'log_mel_distance{suffix}'] = jnp.mean(distance_B)
       metrics[f'si_sdr{suffix}'] = jnp.nanmean(spectral.si_sdr(_by_channel(audio), _by_channel(decoded)))
     if self.codec.denoise_at:
-      heard = denoising.add_noise(
-          audio, batch['noise'].astype(jnp.float32), jax.random.fold_in(key, _NOISE), batch['slot'], noisy_share=1.0,
-          gains_db=self.noise_gains_db).heard_BxN
+      heard = self._noisy(batch, key, 1.0).heard_BxN
       at_encoder, at_decoder = self._conditions(True)
       denoised = model.decode(model.encode(heard, denoise=at_encoder), at_decoder)
       metrics |= {name: jnp.nanmean(spectral.si_sdr(_by_channel(audio), _by_channel(x)))

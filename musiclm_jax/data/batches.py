@@ -288,7 +288,7 @@ class AudioBatches(Batches):
 
   @property
   def _shape(self) -> tuple[int, ...]:
-    return (self.samples,) if self.channels == 1 else (self.samples, self.channels)
+    return (self.samples, *specs.channel_axis(self.channels))
 
   def _clip(self, example: source.Example, channels: tuple[int, ...]) -> np.ndarray:
     """The sound of an example, [N] of one channel or [N, C]; ValueError where it is not what the network takes."""

@@ -108,8 +108,7 @@ def channels_of(header: Header) -> int:
 
 def _is_audio(value: np.ndarray, header: Header) -> bool:
   """Whether this is [N], or [N, channels] where there are more than one."""
-  channels = channels_of(header)
-  return value.ndim == 1 if channels == 1 else value.ndim == 2 and value.shape[1] == channels
+  return value.ndim > 0 and value.shape[1:] == specs.channel_axis(channels_of(header))
 
 
 def to_pcm(audio: np.ndarray) -> np.ndarray:

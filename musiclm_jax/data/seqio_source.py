@@ -32,6 +32,7 @@ for _kind in ('GPU', 'TPU'):
     tf.config.set_visible_devices([], _kind)
 import seqio  # noqa: E402
 
+from musiclm_jax import specs  # noqa: E402
 from musiclm_jax.data import records, source  # noqa: E402
 
 # Beside its streams, an element of a task has these. `slot_seed` feeds `tf.random.stateless_*` in
@@ -46,8 +47,7 @@ Preprocessor = Callable[[tf.data.Dataset], tf.data.Dataset]
 def element_spec(header: records.Header) -> dict[str, tf.TensorSpec]:
   """Elements of a source: streams as recorded (int16 samples, int32 tokens [F, Q]) and `SIDE_FEATURES`."""
   if header.kind == 'audio':
-    channels = records.channels_of(header)
-    streams = {'audio': tf.TensorSpec([None] if channels == 1 else [None, channels], tf.int16)}
+    streams = {'audio': tf.TensorSpec([None, *specs.channel_axis(records.channels_of(header))], tf.int16)}
   else:
     streams = {n: tf.TensorSpec([None, s['levels']], tf.int32) for n, s in header.streams.items()}
   return {**streams, **SIDE_FEATURES}
@@ -56,7 +56,8 @@ def element_spec(header: records.Header) -> dict[str, tf.TensorSpec]:
 def output_features(header: records.Header) -> dict[str, seqio.Feature]:
   """What a task over these records declares: sound, or one feature with a vocabulary a token stream."""
   if header.kind == 'audio':
-    return {'audio': seqio.ContinuousFeature(dtype=tf.int16, rank=1 if records.channels_of(header) == 1 else 2)}
+    rank = 1 + len(specs.channel_axis(records.channels_of(header)))
+    return {'audio': seqio.ContinuousFeature(dtype=tf.int16, rank=rank)}
   return {n: seqio.Feature(seqio.PassThroughVocabulary(s['levels'] * s['codebook_size']), add_eos=False,
                            dtype=tf.int32, rank=2) for n, s in header.streams.items()}
 
