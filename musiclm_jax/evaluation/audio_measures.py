@@ -15,8 +15,8 @@ from musiclm_jax.evaluation import batched
 from musiclm_jax.nn import spectral
 from musiclm_jax.training import state as states
 
-# Of `log_spectral_distance`: samples of a window and between windows; what counts beside the loudest cell of a clip.
-_WINDOW, _HOP, _RANGE_DB = 2048, 512, 80.0
+# Of `log_spectral_distance`: samples of a window and between windows.
+_WINDOW, _HOP = 2048, 512
 
 
 class Distances(NamedTuple):
@@ -28,22 +28,24 @@ class Distances(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _log_mels(x_BxN: jax.Array, sample_rate: int) -> tuple[jax.Array, ...]:
-  return tuple(spectral.log_mel(x_BxN, config) for config in spectral.distance_mels(sample_rate))
+def _mels(x_BxN: jax.Array, sample_rate: int) -> tuple[jax.Array, ...]:
+  return tuple(spectral.mel(x_BxN, config) for config in spectral.distance_mels(sample_rate))
 
 
-def log_mels(x_BxN: np.ndarray, *, sample_rate: int = 24000, batch_size: int = 8) -> tuple[np.ndarray, ...]:
-  """Natural-log mel spectrograms of the three windows, each float32 [B, F, M]."""
-  return batched.in_batches(
-      lambda x: _log_mels(x, sample_rate), np.asarray(x_BxN, np.float32), batch_size=batch_size)
+def _amplitude_mels(x_BxN: np.ndarray, sample_rate: int, batch_size: int = 8) -> tuple[np.ndarray, ...]:
+  """Mel spectrograms of the three windows, each float32 [B, F, M]."""
+  return batched.in_batches(lambda x: _mels(x, sample_rate), np.asarray(x_BxN, np.float32), batch_size=batch_size)
 
 
-def _distance(
-    a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], frames: tuple[np.ndarray | None, ...] | None = None
-) -> np.ndarray:
-  """Mean |a - b| over frames and bands of each window, averaged over windows; [B]. `b` may broadcast."""
-  return np.mean([_mean_of_frames(np.mean(np.abs(x - y), axis=2, dtype=np.float64), f)
-                  for x, y, f in zip(a, b, frames or (None,) * len(a))], axis=0)
+def _distance(references: tuple[np.ndarray, ...], estimates: tuple[np.ndarray, ...],
+              frames: tuple[np.ndarray | None, ...] | None = None) -> np.ndarray:
+  """Mean |ln a - ln b| over frames and bands of each window, averaged over windows; [B]. Estimates may broadcast."""
+  distances = []
+  for a_BxFxM, b_BxFxM, used in zip(references, estimates, frames or (None,) * len(references)):
+    floor = spectral.distance_floor(a_BxFxM)
+    difference = np.log(np.maximum(a_BxFxM, floor)) - np.log(np.maximum(b_BxFxM, floor))
+    distances.append(_mean_of_frames(np.mean(np.abs(difference), axis=2, dtype=np.float64), used))
+  return np.mean(distances, axis=0)
 
 
 def _mean_of_frames(values_BxF: np.ndarray, frames_B: np.ndarray | None) -> np.ndarray:
@@ -63,12 +65,12 @@ def mel_distance(reference_BxN: np.ndarray, estimate_BxN: np.ndarray, *, sample_
                  samples_B: np.ndarray | None = None) -> np.ndarray:
   """Mean |ln mel(reference) - ln mel(estimate)| over windows, frames and bands; [B], 0 for equal clips.
 
-  `spectral.log_mel_distance` in batches: 0.69 (ln 2) means that amplitudes are off by a factor of 2 on average.
+  `spectral.log_mel_distance` in batches: natural logarithms, windows 512, 1024 and 2048, 64 bands, and a floor 80 dB
+  below the loudest cell of the reference. 0.69 (ln 2) means that amplitudes are off by a factor of 2 on average.
   Where clips have fewer than N `samples`, zeros follow, and what is returned is that of the clips without them.
   """
   frames = tuple(_frames(samples_B, config.hop) for config in spectral.distance_mels(sample_rate))
-  return _distance(log_mels(reference_BxN, sample_rate=sample_rate),
-                   log_mels(estimate_BxN, sample_rate=sample_rate), frames)
+  return _distance(_amplitude_mels(reference_BxN, sample_rate), _amplitude_mels(estimate_BxN, sample_rate), frames)
 
 
 @jax.jit
@@ -85,7 +87,7 @@ def log_spectral_distance(reference_BxN: np.ndarray, estimate_BxN: np.ndarray, *
   `mel_distance`.
   """
   a_BxFxC, b_BxFxC = (np.asarray(_amplitudes(np.asarray(x, np.float32))) for x in (reference_BxN, estimate_BxN))
-  floor_Bx1x1 = np.maximum(a_BxFxC.max(axis=(1, 2), keepdims=True) * 10 ** (-_RANGE_DB / 20), 1e-9)
+  floor_Bx1x1 = spectral.distance_floor(a_BxFxC)
   a_BxFxC, b_BxFxC = (20 * np.log10(np.maximum(x, floor_Bx1x1)) for x in (a_BxFxC, b_BxFxC))
   rms_BxF = np.sqrt(np.mean(np.square(a_BxFxC - b_BxFxC), axis=2, dtype=np.float64))
   return _mean_of_frames(rms_BxF, _frames(samples_B, _HOP))
@@ -106,18 +108,17 @@ def mel_distance_baselines(
   """The mel distance of answers that cost nothing, each [B]; a codec has to be better than all of them.
 
   silence; white_noise of the clip's own loudness; another_clip (the next one of the set); set_median, the
-  median spectrum of all clips and frames; clip_median, the clip's own median spectrum (of log amplitudes)
-  held constant over time, which is the strongest: one spectrum that knows the clip but no event in it.
+  median spectrum of all clips and frames; clip_median, the clip's own median spectrum held constant over time,
+  which is the strongest: one spectrum that knows the clip but no event in it.
   """
   clips_BxN = np.asarray(clips_BxN, np.float32)
   rng = np.random.default_rng(seed)
   noise_BxN = rng.standard_normal(clips_BxN.shape, dtype=np.float32)
   noise_BxN *= np.sqrt(np.mean(np.square(clips_BxN), axis=1, keepdims=True))
-  mels = log_mels(clips_BxN, sample_rate=sample_rate)
-  floors = [config.floor for config in spectral.distance_mels(sample_rate)]
+  mels = _amplitude_mels(clips_BxN, sample_rate)
   answers = {
-      'silence': tuple(np.full((1, 1, 1), np.log(floor), np.float32) for floor in floors),
-      'white_noise': log_mels(noise_BxN, sample_rate=sample_rate),
+      'silence': (np.zeros((1, 1, 1), np.float32),) * len(mels),
+      'white_noise': _amplitude_mels(noise_BxN, sample_rate),
       'set_median': tuple(np.median(x, axis=(0, 1), keepdims=True) for x in mels),
       'clip_median': tuple(np.median(x, axis=1, keepdims=True) for x in mels),
   }

@@ -14,6 +14,8 @@ import numpy as np
 
 # Added under the square root of |X|^2 so that the gradient of a silent bin is finite; far below any floor.
 _MAGNITUDE_EPSILON = 1e-16
+# How far below the loudest cell of a clip `distance_floor` is, 80 dB, and the least that it is, for clips of silence.
+_DISTANCE_RANGE, _LEAST_FLOOR = 1e-4, 1e-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +148,29 @@ def log_mel(x_BxN: jax.Array, config: MelConfig, *, padded: bool = True) -> jax.
 @functools.lru_cache(maxsize=8)
 def distance_mels(sample_rate: int) -> tuple[MelConfig, ...]:
   """The spectrograms that `log_mel_distance` compares: windows 512, 1024 and 2048, hop a quarter of the window."""
-  return tuple(MelConfig(sample_rate=sample_rate, window=w, hop=w // 4, bands=64, floor=1e-5)
-               for w in (512, 1024, 2048))
+  return tuple(MelConfig(sample_rate=sample_rate, window=w, hop=w // 4, bands=64) for w in (512, 1024, 2048))
 
 
-def log_mel_distance(x_BxN: jax.Array, y_BxN: jax.Array, sample_rate: int = 24000) -> jax.Array:
-  """Mean |ln mel(x) - ln mel(y)| over `distance_mels`, frames and bands, [B]; ln 2 is a factor of 2 on average."""
-  distances = [jnp.mean(jnp.abs(log_mel(x_BxN, config) - log_mel(y_BxN, config)), axis=(1, 2))
-               for config in distance_mels(sample_rate)]
+def distance_floor(amplitudes_BxFxM: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+  """80 dB below the loudest cell of each reference, [B, 1, 1]: quieter cells of both sides of a distance count as this.
+
+  So a distance does not depend on how loud a recording was made, and nobody is judged by what cannot be heard.
+  """
+  xp = np if isinstance(amplitudes_BxFxM, np.ndarray) else jnp
+  return xp.maximum(_DISTANCE_RANGE * amplitudes_BxFxM.max(axis=(1, 2), keepdims=True), _LEAST_FLOOR)
+
+
+def log_mel_distance(reference_BxN: jax.Array, estimate_BxN: jax.Array, sample_rate: int = 24000) -> jax.Array:
+  """Mean |ln mel(x) - ln mel(y)| over `distance_mels`, frames and bands, with `distance_floor`; [B].
+
+  ln 2 is a factor of 2 on average.
+  """
+  distances = []
+  for config in distance_mels(sample_rate):
+    reference, estimate = mel(reference_BxN, config), mel(estimate_BxN, config)
+    floor = distance_floor(reference)
+    difference = jnp.log(jnp.maximum(reference, floor)) - jnp.log(jnp.maximum(estimate, floor))
+    distances.append(jnp.mean(jnp.abs(difference), axis=(1, 2)))
   return sum(distances) / len(distances)
 
 

@@ -35,6 +35,23 @@ def test_halving_the_amplitude_costs_ln_2_where_nothing_is_below_the_floor():
   np.testing.assert_allclose(audio_measures.mel_distance(noise, noise / 2), np.log(2), rtol=2e-3)
 
 
+def test_mel_distance_does_not_depend_on_the_loudness_of_the_recording():
+  x = tones()
+  y = x + 1e-3 * np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+  expected = audio_measures.mel_distance(x, y)
+  np.testing.assert_allclose(audio_measures.mel_distance(0.1 * x, 0.1 * y), expected, rtol=1e-3)
+
+
+def test_mel_distance_hears_nothing_80_db_below_the_loudest_cell():
+  t = np.arange(RATE) / RATE
+  # Steady and on bins of all windows; the ends, where windows reach beyond the clip, are in either.
+  tone, other = np.sin(2 * np.pi * 750 * t)[None], np.sin(2 * np.pi * 6000 * t)[None]
+  assert audio_measures.mel_distance(tone, tone + 1e-5 * other)[0] < 0.01
+  assert audio_measures.mel_distance(tone, tone + 1e-2 * other)[0] > 0.05
+  # What the estimate has above the reference's floor counts, whatever is loudest in the estimate.
+  assert audio_measures.mel_distance(1e-3 * tone, 1e-3 * tone + other)[0] > 0.1
+
+
 def test_baselines_are_ordered_as_their_knowledge():
   means = {k: v.mean() for k, v in audio_measures.mel_distance_baselines(tones(6)).items()}
   assert set(means) == {'silence', 'white_noise', 'another_clip', 'set_median', 'clip_median'}
