@@ -69,7 +69,10 @@ class Mixture:
   def __post_init__(self):
     object.__setattr__(self, 'corpora', tuple(self.corpora))
     if self.rates is not None:
-      object.__setattr__(self, 'rates', tuple(float(r) for r in self.rates))
+      for rate in self.rates:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+          raise ValueError(f'mixture rates must be positive numbers, found {rate!r}')
+      object.__setattr__(self, 'rates', tuple(map(float, self.rates)))
       if len(self.rates) != len(self.corpora):
         raise ValueError(f'a mixture of {len(self.corpora)} corpora has {len(self.rates)} rates')
 
@@ -300,21 +303,28 @@ class IndexMap:
     return corpus, block * shares[corpus] + rank[row, inside]
 
 
-def open_corpus(path: str | os.PathLike, split: str, reader: str = 'auto') -> Corpus:
-  """The examples of one split of a record set.
+def open_corpus(path: str | os.PathLike | Mapping[str, float] | Sequence[str], split: str, reader: str = 'auto'
+                ) -> Corpus | Mixture:
+  """The examples of one split of a record set, or of several together.
 
   Args:
     path: a directory with a `manifest.json`, as `prepare` and `extract` write them; or
-      "builtin", music that is composed as it is read.
+      "builtin", music that is composed as it is read. Of several a mapping to their shares of the examples, or a
+      sequence: every example of each is then seen equally often.
     split: "train" or "test", or whatever the record set has.
     reader: "seqio" reads through a SeqIO task, "direct" without TensorFlow, with equal examples; "auto" takes
       SeqIO where it is installed. The environment variable MUSICLM_READER, where set, replaces "auto".
 
   Raises:
     FileNotFoundError: no record set there, or a shard of it is missing.
-    ValueError: another format, no such split, a split without records.
+    ValueError: another format, no such split, a split without records, shares that are not positive.
   """
   from musiclm_jax.data import records
+  if isinstance(path, (Mapping, list, tuple)):
+    corpora = tuple(open_corpus(one, split, reader) for one in path)
+    if not corpora:
+      raise ValueError('no record set is named')
+    return Mixture(corpora, tuple(path.values()) if isinstance(path, Mapping) else None)
   if str(path) == BUILT_IN:
     return _built_in(split)
   if reader == 'auto':
@@ -340,13 +350,3 @@ def _built_in(split: str) -> Corpus:
     raise ValueError(f'the built-in music has no split {split!r}; it has {", ".join(_BUILT_IN_CLIPS)}')
   first = 0 if split == 'train' else _BUILT_IN_CLIPS['train']
   return composer.Corpus(first=first, size=_BUILT_IN_CLIPS[split], seconds=_BUILT_IN_SECONDS, split=split)
-
-
-def open_mixture(paths: Mapping[str, float] | Sequence[str], split: str,
-                 reader: str = 'auto') -> Corpus | Mixture:
-  """The same split of several record sets: a mapping from directory to rate, or a sequence to be joined."""
-  corpora = tuple(open_corpus(path, split, reader) for path in paths)
-  if not corpora:
-    raise ValueError('a mixture needs at least one record set')
-  rates = tuple(paths.values()) if isinstance(paths, Mapping) else None
-  return corpora[0] if len(corpora) == 1 else Mixture(corpora, rates)

@@ -174,6 +174,26 @@ def test_a_record_set_keeps_its_channels_and_says_so_before_training(tmp_path, c
     batches.AudioBatches(corpus, seconds=0.01, batch_size=2, channels=3 - channels)
 
 
+def test_record_sets_are_mixed_by_their_shares(tmp_path):
+  for name, level in (('low', 0.1), ('high', 0.5)):
+    clips = [{**ramp(0), 'audio': np.full(1000, level, np.float32)}] * 5
+    records.write_records(tmp_path / name, {'train': clips}, records.Header('audio', records.audio_streams(RATE, 1)))
+  low, high = str(tmp_path / 'low'), str(tmp_path / 'high')
+
+  def loud(paths):
+    mixed = source.open_corpus(paths, 'train', reader='direct')
+    stream = batches.AudioBatches(mixed, seconds=0.01, batch_size=4)
+    return [int((stream(step)['audio'].max(axis=1) > 0.3).sum()) for step in range(5)]
+
+  assert loud({low: 3, high: 1}) == [1] * 5
+  assert sum(loud([low, high])) == 10  # two passes over five of each
+  with pytest.raises(ValueError, match='no record set is named'):
+    source.open_corpus({}, 'train')
+  for wrong in (0, 'half'):
+    with pytest.raises(ValueError, match='rates must be positive numbers'):
+      loud({low: 3, high: wrong})
+
+
 def noisy(noise, **more):
   options = {'seconds': 100 / RATE, 'batch_size': 8, 'seed': 3, **more}
   return batches.AudioBatches(Clips([ramp(i) for i in range(20)]), noise=noise, **options)

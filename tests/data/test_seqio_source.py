@@ -116,7 +116,7 @@ def test_a_registered_mixture_keeps_its_rates_and_its_order(folders):
   mixtures.register('both', {'one': 1, 'two': 3})
   mixture = seqio_source.open_task('both', 'train')
   assert mixture.rates == (1.0, 3.0)
-  direct = source.open_mixture({folders / 'audio': 1, folders / 'other': 3}, 'train', 'direct')
+  direct = source.open_corpus({folders / 'audio': 1, folders / 'other': 3}, 'train', 'direct')
   one, two = (batches.AudioBatches(c, seconds=0.01, batch_size=8) for c in (mixture, direct))
   for step in (0, 9):
     assert_equal(one(step), two(step))
