@@ -136,7 +136,10 @@ def evaluate_codec(codec: str | os.PathLike, audio_dir: str | os.PathLike, outpu
   if max_seconds < _LEAST_SECONDS:
     raise ValueError(f'{max_seconds:g} s of each recording are too few: at least {_LEAST_SECONDS:g} s are needed')
   loaded = transcode.load(codec)
-  recordings, skipped = _usable(audio_dir, progress)
+  usable, skipped = audio_files.sort_out(*audio_files.walk(audio_dir), _LEAST_SECONDS, progress=progress)
+  if not usable:
+    raise audio_files.nothing_usable(audio_dir, skipped)
+  recordings = [_Recording(name, path, info.seconds) for name, path, info in usable]
   # No longer than the longest recording, and whole frames.
   stride, rate = loaded.model.config.stride, loaded.model.config.sample_rate
   seconds = min(_CLIP_SECONDS, max_seconds, max(r.seconds for r in recordings))
@@ -162,26 +165,6 @@ def evaluate_codec(codec: str | os.PathLike, audio_dir: str | os.PathLike, outpu
   result = CodecEvaluation(about, measured.rows(), notes, pathlib.Path(output))
   _write(result)
   return result
-
-
-def _usable(audio_dir: str | os.PathLike, progress: Progress | None
-            ) -> tuple[list[_Recording], dict[str, list[str]]]:
-  """The recordings of a folder, each read once from end to end, and the names of other files by reason."""
-  files, unsupported = audio_files.walk(audio_dir)
-  skipped: dict[str, list[str]] = collections.defaultdict(list)
-  if unsupported:
-    skipped[audio_files.NOT_SUPPORTED] += unsupported
-  recordings = []
-  for i, (name, path) in enumerate(files):
-    try:
-      recordings.append(_Recording(name, path, audio_files.check(path, _LEAST_SECONDS).seconds))
-    except audio_files.AudioFault as fault:
-      skipped[fault.reason].append(name)
-    if progress:
-      progress('files checked', i + 1, len(files))
-  if not recordings:
-    raise audio_files.nothing_usable(audio_dir, skipped)
-  return recordings, skipped
 
 
 def _clips(recordings: Sequence[_Recording], samples: int, rate: int, max_seconds: float,

@@ -5,6 +5,7 @@ length.
 """
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
@@ -14,6 +15,8 @@ import re
 import numpy as np
 import soundfile
 import soxr
+
+from musiclm_jax.data.workers import Progress, Workers
 
 EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.au', '.caf', '.w64')
 # Sound that a user expects to be read, but libsndfile cannot: counted as skipped instead of passed over.
@@ -95,6 +98,34 @@ def walk(audio_dir: str | os.PathLike) -> tuple[list[tuple[str, bytes]], list[st
       elif extension in UNSUPPORTED:
         unsupported.append(name)
   return sorted(files), sorted(unsupported)
+
+
+def sort_out(files: Sequence[tuple[str, bytes]], unsupported: Sequence[str], min_seconds: float, channels: int = 1, *,
+             workers: Workers | None = None, progress: Progress | None = None
+             ) -> tuple[list[tuple[str, bytes, AudioInfo]], dict[str, list[str]]]:
+  """What `walk` found, read from end to end: the usable files, and a `defaultdict` of the names of others by reason."""
+  skipped: dict[str, list[str]] = collections.defaultdict(list)
+  if unsupported:
+    skipped[NOT_SUPPORTED] += unsupported
+  tasks = [(path, min_seconds, channels) for _, path in files]
+  checks = (workers or Workers(1)).map(_checked, tasks, progress, 'files checked')
+  usable = []
+  for (name, path), (info, reason) in zip(files, checks):
+    if info is None:
+      skipped[reason].append(name)
+    else:
+      usable.append((name, path, info))
+  return usable, skipped
+
+
+def _checked(task: tuple[bytes, float, int]) -> tuple[AudioInfo | None, str]:
+  """What `check` finds, or why the file cannot be used."""
+  try:
+    return check(*task), ''
+  except AudioFault as fault:
+    return None, fault.reason
+  except OSError as error:
+    return None, f'unreadable ({error.strerror})'
 
 
 def nothing_usable(audio_dir: str | os.PathLike, skipped: Mapping[str, Sequence[str]]) -> ValueError:

@@ -98,17 +98,10 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
   if done := _already(output_dir, header):
     return done
   with Workers(workers) as pool:
-    skipped: dict[str, list[str]] = collections.defaultdict(list)
-    for name in unsupported:
-      skipped[audio_files.NOT_SUPPORTED].append(name)
-    recordings = []
-    checks = pool.map(_check, [(path, min_seconds, channels) for _, path in files], progress, 'files checked')
-    for (name, path), (info, reason) in zip(files, checks):
-      if info is None:
-        skipped[reason].append(name)
-      else:
-        known = facts.get(name, captions_lib.Facts())
-        recordings.append(Recording(name, path, info, _with_texts(known, texts, name)))
+    usable, skipped = audio_files.sort_out(
+        files, unsupported, min_seconds, channels, workers=pool, progress=progress)
+    recordings = [Recording(name, path, info, _with_texts(facts.get(name, captions_lib.Facts()), texts, name))
+                  for name, path, info in usable]
     recordings = _without_copies(recordings, skipped)
     if not recordings:
       raise audio_files.nothing_usable(audio_dir, skipped)
@@ -167,16 +160,6 @@ def _already(output_dir: str | os.PathLike, header: records.Header) -> records.M
     raise ValueError(f'{output_dir} was prepared with other settings: {name}: {there} != {here}; choose another '
                      '--output_dir')
   return records.read_manifest(output_dir) if (pathlib.Path(output_dir) / records.MANIFEST).exists() else None
-
-
-def _check(task: tuple[bytes, float, int]) -> tuple[audio_files.AudioInfo | None, str]:
-  path, min_seconds, channels = task
-  try:
-    return audio_files.check(path, min_seconds, channels), ''
-  except audio_files.AudioFault as fault:
-    return None, fault.reason
-  except OSError as error:
-    return None, f'unreadable ({error.strerror})'
 
 
 def _with_texts(facts: captions_lib.Facts, texts: captions_lib.Captions | None,

@@ -66,7 +66,10 @@ class Elu(Streamable):
   """The exponential linear unit."""
 
   def step(self, x_BxTxC, state):
-    return jax.nn.elu(x_BxTxC), state
+    # Not expm1, which takes XLA on CPU more than twice as long. In float32 the difference loses 1e-7 at most.
+    x = x_BxTxC.astype(jnp.float32)
+    y = jnp.where(x > 0, x, jnp.exp(jnp.where(x > 0, 0, x)) - 1)
+    return y.astype(x_BxTxC.dtype), state
 
 
 class Fold(Streamable):

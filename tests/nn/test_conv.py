@@ -1,5 +1,7 @@
 """Convolutions against PyTorch, known answers and shapes."""
 from flax import nnx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,6 +62,18 @@ def test_centred_convolutions_equal_torch(groups):
   weight = torch.tensor(np.asarray(plane.w[...]).transpose(3, 2, 0, 1))
   expected = torch.nn.functional.conv2d(torch.tensor(x.transpose(0, 3, 1, 2)), weight, padding=(1, 2))
   np.testing.assert_allclose(plane(x), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(('stride', 'kernel', 'length'), [(1, 5, 17), (4, 41, 50), (4, 41, 47), (3, 2, 20)])
+def test_grouped_convolutions_by_products_are_those_of_xla(stride, kernel, length):
+  layer = conv.Conv1d(8, 12, kernel, stride=stride, groups=4, rngs=nnx.Rngs(0))
+  x, w = noise(2, length + kernel - 1, 8), layer.w[...]
+  both = (layer._by_products, layer._native)
+  ours, theirs = (f(x, w) for f in both)
+  np.testing.assert_allclose(ours, theirs, atol=1e-5)
+  weight = noise(*theirs.shape)
+  ours, theirs = (jax.grad(lambda x, w, f=f: jnp.sum(weight * f(x, w)), argnums=(0, 1))(x, w) for f in both)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
 
 
 def test_a_kernel_that_is_no_multiple_of_the_stride_is_refused():
