@@ -2,10 +2,10 @@
 
 Two recordings of the same music (another encoding, another loudness, a cut of it) share long runs of tokens at a
 constant distance in time. So, for each held-out clip, matches of short runs are counted by that distance, as in audio
-fingerprinting (Wang 2003, "An industrial-strength audio search algorithm"), each weighted by its information, so that
-a held chord or silence, which is everywhere, says little.
+fingerprinting (Wang 2003, "An industrial-strength audio search algorithm"), each weighted by its information: how rare
+it is in the training music, so that a held chord or silence, which is everywhere, says little.
 
-Shapes: G runs of a split, W runs of a clip.
+Shapes: G runs of the held-out split, U different ones among them, W runs of a clip.
 """
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from musiclm_jax.data.workers import Progress, Workers
 STREAM = 'semantic'
 RUN = 4  # tokens: 160 ms at 25 Hz
 _COMMON = 500  # a run that held-out music has more often is silence or a held note, and says nothing
+# The information of a clip counts as at least this share of what runs would have that are nowhere in the training music:
+# a clip of held notes and silence only is found everywhere, whole.
+_LEAST_INFORMATION = 0.5
 REASON = 'near-duplicate of training music'
 _SHOWN = 20
 
@@ -68,7 +71,7 @@ class _Index:
   clip_G: np.ndarray
   place_G: np.ndarray
   bits_G: np.ndarray
-  total: np.ndarray  # bits of each clip
+  total: np.ndarray  # bits of each clip, as they count
 
 
 def runs(tokens_FxQ: np.ndarray) -> np.ndarray:
@@ -78,16 +81,30 @@ def runs(tokens_FxQ: np.ndarray) -> np.ndarray:
   return source.hashed(*(tokens[i:i + count] for i in range(RUN))) if count else np.zeros(0, np.uint64)
 
 
-def _index(clips: Sequence[np.ndarray]) -> _Index:
+def _index(clips: Sequence[np.ndarray], count_U: np.ndarray, total: int) -> _Index:
+  """Of the held-out clips, given how often each of their different runs is among all `total` of the training music."""
   hash_G = np.concatenate(clips)
   clip_G = np.repeat(np.arange(len(clips)), [len(c) for c in clips])
   place_G = np.concatenate([np.arange(len(c)) for c in clips])
-  _, inverse, count = np.unique(hash_G, return_inverse=True, return_counts=True)
-  bits_G = np.where(count > _COMMON, 0.0, -np.log2(count / max(len(hash_G), 1)))[inverse]
-  total = np.bincount(clip_G, bits_G, minlength=len(clips))
+  _, inverse, held_out_U = np.unique(hash_G, return_inverse=True, return_counts=True)
+  most = np.log2(total + 1)
+  bits_G = np.where(held_out_U > _COMMON, 0.0, most - np.log2(count_U + 1))[inverse]
+  total = np.maximum(np.bincount(clip_G, bits_G, minlength=len(clips)),
+                     _LEAST_INFORMATION * most * np.bincount(clip_G, minlength=len(clips)))
   order = np.argsort(hash_G, kind='stable')
   order = order[bits_G[order] > 0]
   return _Index(hash_G[order], clip_G[order], place_G[order], bits_G[order], total)
+
+
+def _count_shard(corpus: records.RecordSet, hash_U: np.ndarray, number: int) -> tuple[np.ndarray, int]:
+  """How often each of these runs is in one training shard, and how many runs that has."""
+  count_U, total = np.zeros(len(hash_U), np.int64), 0
+  for row in corpus.shard_indices(number):
+    runs_W = runs(corpus[int(row)][STREAM])
+    place_W = np.minimum(np.searchsorted(hash_U, runs_W), max(len(hash_U) - 1, 0))
+    np.add.at(count_U, place_W[hash_U[place_W] == runs_W] if len(hash_U) else place_W[:0], 1)
+    total += len(runs_W)
+  return count_U, total
 
 
 def _best_shares(index: _Index, runs_W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -142,8 +159,12 @@ def find(directory: str | os.PathLike, *, threshold: float = 0.5, workers: int =
     example = held_out[i]
     clips.append(runs(example[STREAM]))
     places.append((example.get('recording', ''), float(example.get('start', 0.0))))
+  hash_U = np.unique(np.concatenate(clips))
+  with Workers(workers, train, hash_U) as pool:
+    counts = list(pool.map(_count_shard, range(len(train.shards)), progress, 'shards counted'))
+  index = _index(clips, sum(count_U for count_U, _ in counts), sum(total for _, total in counts))
   best: _Best = {}
-  with Workers(workers, train, _index(clips)) as pool:
+  with Workers(workers, train, index) as pool:
     for found in pool.map(_search_shard, range(len(train.shards)), progress, 'shards compared'):
       for clip, there in found.items():
         best[clip] = max(there, best.get(clip, there))

@@ -61,6 +61,14 @@ def test_a_held_note_is_no_evidence(tmp_path):
   assert duplicates.find(tmp_path, threshold=0.3, workers=1).pairs == ()
 
 
+def test_a_clip_of_nothing_but_a_held_note_is_no_duplicate(tmp_path):
+  held = lambda frames: np.full((frames, 1), 7)
+  records.write_records(tmp_path, {
+      'train': [example(f't{i}', np.concatenate([held(200), music(i, 100)])) for i in range(10)],
+      'test': [example('h', held(250)), example('copy', np.concatenate([held(120), music(3, 100)]))]}, HEADER)
+  assert [p.recording for p in duplicates.find(tmp_path, workers=1).pairs] == ['copy']
+
+
 def test_short_clips_and_other_records(tmp_path):
   short = np.zeros((2, 1), int)
   records.write_records(tmp_path / 'a', {'train': [example('t', music(0))], 'test': [example('h', short)]}, HEADER)
