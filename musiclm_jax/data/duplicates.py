@@ -21,8 +21,8 @@ from musiclm_jax.data.workers import Progress, Workers
 STREAM = 'semantic'
 RUN = 4  # tokens: 160 ms at 25 Hz
 _COMMON = 500  # a run that held-out music has more often is silence or a held note, and says nothing
-# The information of a clip counts as at least this share of what runs would have that are nowhere in the training music:
-# a clip of held notes and silence only is found everywhere, whole.
+# The information of a clip counts as at least this share of what runs have that no training music has: a clip of held
+# notes and silence only is found everywhere, whole.
 _LEAST_INFORMATION = 0.5
 REASON = 'near-duplicate of training music'
 _SHOWN = 20
