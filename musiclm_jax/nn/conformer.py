@@ -82,15 +82,36 @@ class Convolution(nnx.Module):
     return self.project(jax.nn.silu(self.norm(depthwise_convolution(y, self.depthwise[...]))))
 
 
+@jax.custom_vjp
 def depthwise_convolution(x_BxTxD: jax.Array, kernel_WxD: jax.Array) -> jax.Array:
-  """Centred depthwise convolution over time, zeros beyond both ends.
+  """Centred depthwise convolution over time, zeros beyond both ends, in the type of x.
 
-  W shifted multiplies: they fuse into one loop, where a grouped convolution is slow on CPU.
+  W shifted multiplies: they fuse into one loop, where a grouped convolution is slow on CPU. So are the W sums over
+  all frames that autodiff makes of the kernel's gradient; one product gives them all.
   """
-  length, reach = x_BxTxD.shape[1], kernel_WxD.shape[0] // 2
-  kernel = kernel_WxD.astype(x_BxTxD.dtype)
+  shifts = _shifts(x_BxTxD, kernel_WxD.shape[0])
+  return sum(x * k for x, k in zip(shifts, kernel_WxD.astype(x_BxTxD.dtype)))
+
+
+def _shifts(x_BxTxD: jax.Array, width: int) -> list[jax.Array]:
+  """x as each place of a kernel of that width sees it."""
+  length, reach = x_BxTxD.shape[1], width // 2
   padded = jnp.pad(x_BxTxD, ((0, 0), (reach, reach), (0, 0)))
-  return sum(padded[:, i:i + length] * kernel[i] for i in range(kernel.shape[0]))
+  return [padded[:, i:i + length] for i in range(width)]
+
+
+def _depthwise_forward(x_BxTxD: jax.Array, kernel_WxD: jax.Array):
+  return depthwise_convolution(x_BxTxD, kernel_WxD), (x_BxTxD, kernel_WxD)
+
+
+def _depthwise_backward(saved, gradient_BxTxD: jax.Array):
+  x_BxTxD, kernel_WxD = saved
+  windows_WxBxTxD = jnp.stack(_shifts(x_BxTxD, kernel_WxD.shape[0]))
+  kernel_gradient = jnp.einsum('WBTD,BTD->WD', windows_WxBxTxD, gradient_BxTxD, preferred_element_type=jnp.float32)
+  return depthwise_convolution(gradient_BxTxD, kernel_WxD[::-1]), kernel_gradient.astype(kernel_WxD.dtype)
+
+
+depthwise_convolution.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class ConformerBlock(nnx.Module):

@@ -26,6 +26,19 @@ def test_depthwise_convolution_is_a_centred_correlation_of_each_channel():
     np.testing.assert_allclose(y[0, :, channel], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize('width', [1, 5])
+def test_gradients_of_the_depthwise_convolution_are_those_of_a_grouped_one(width):
+  x, kernel, seen = _x(), _x(1, width, seed=1)[0], _x(seed=2)
+
+  def grouped(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel[:, None], (1,), 'SAME', dimension_numbers=('NWC', 'WIO', 'NWC'),
+                                        feature_group_count=x.shape[-1])
+
+  of = lambda f: jax.grad(lambda x, kernel: jnp.sum(f(x, kernel) * seen), argnums=(0, 1))(x, kernel)
+  for ours, theirs in zip(of(depthwise_convolution), of(grouped)):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def test_every_frame_sees_both_directions():
   model = Conformer(CONFIG, rngs=nnx.Rngs(0))
   seen = jax.grad(lambda x: jnp.sum(jnp.sin(model(x)[0, 5])))(_x(1))[0]
