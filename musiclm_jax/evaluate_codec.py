@@ -1,6 +1,7 @@
 """Measures a trained codec on a folder of audio, at each number of levels, beside Opus and answers that cost nothing.
 
-Shapes: B clips of a batch, N samples, F frames, Q levels, K codes.
+Shapes: B clips of a batch, N samples, F frames, Q levels, K codes. Audio of a codec of several channels has them as a
+last axis.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from flax import nnx
 import numpy as np
 
 from musiclm_jax import transcode
+from musiclm_jax.codec.model import SoundStreamConfig
 from musiclm_jax.data import audio_files, records, token_counts
 from musiclm_jax.data.workers import Progress
 from musiclm_jax.evaluation import audio_measures, batched, codec_figures, opus, pictures, statistics, tables
@@ -46,7 +48,7 @@ class Row:
     entropy_bits_per_second: frames a second x the entropy of the indices, summed over the levels: what a coder that
       knows how frequent each code is would need (first order: nothing of neighbours or other levels).
     clips: that were compared.
-    si_sdr_db, mel_distance, log_spectral_distance_db: see `evaluation.audio_measures`.
+    si_sdr_db, mel_distance, log_spectral_distance_db: see `evaluation.audio_measures`; of several channels, the mean.
   """
 
   system: str
@@ -120,7 +122,8 @@ def evaluate_codec(codec: str | os.PathLike, audio_dir: str | os.PathLike, outpu
   """Writes `codec.json`, `codec.csv` and `codec.png` to `output` and returns what they hold.
 
   Recordings are cut into clips of 10 s, which are coded one by one; memory does not grow with their number or length.
-  Channels are averaged and other rates resampled. Files that cannot be used are left out and named in the notes.
+  For a codec of one channel they are averaged, one of two takes stereo as it is; other rates are resampled. Files that
+  cannot be used are left out and named in the notes.
 
   Args:
     codec: the run of a trained codec, or a folder that holds a run `codec`.
@@ -136,18 +139,20 @@ def evaluate_codec(codec: str | os.PathLike, audio_dir: str | os.PathLike, outpu
   if max_seconds < _LEAST_SECONDS:
     raise ValueError(f'{max_seconds:g} s of each recording are too few: at least {_LEAST_SECONDS:g} s are needed')
   loaded = transcode.load(codec)
-  usable, skipped = audio_files.sort_out(*audio_files.walk(audio_dir), _LEAST_SECONDS, progress=progress)
+  config = loaded.model.config
+  usable, skipped = audio_files.sort_out(
+      *audio_files.walk(audio_dir), _LEAST_SECONDS, config.channels, progress=progress)
   if not usable:
     raise audio_files.nothing_usable(audio_dir, skipped)
   recordings = [_Recording(name, path, info.seconds) for name, path, info in usable]
   # No longer than the longest recording, and whole frames.
-  stride, rate = loaded.model.config.stride, loaded.model.config.sample_rate
+  stride, rate = config.stride, config.sample_rate
   seconds = min(_CLIP_SECONDS, max_seconds, max(r.seconds for r in recordings))
   samples = math.ceil(seconds * rate / stride) * stride
   measured = _Measured(loaded, seed, with_opus=not opus.missing())
   total = sum(math.ceil(min(r.seconds, max_seconds) / seconds) for r in recordings)
   done = 0
-  for batch in _batches(_clips(recordings, samples, rate, max_seconds, skipped), samples):
+  for batch in _batches(_clips(recordings, samples, config, max_seconds, skipped), samples):
     measured.add(batch)
     done += len(batch.samples_B)
     if progress:
@@ -167,13 +172,15 @@ def evaluate_codec(codec: str | os.PathLike, audio_dir: str | os.PathLike, outpu
   return result
 
 
-def _clips(recordings: Sequence[_Recording], samples: int, rate: int, max_seconds: float,
+def _clips(recordings: Sequence[_Recording], samples: int, config: SoundStreamConfig, max_seconds: float,
            skipped: dict[str, list[str]]) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
   """(clip [n], number of its recording, beginning [n'] of the recording before it, cyclically)."""
+  rate = config.sample_rate
+  pieces = lambda of: audio_files.segments(of.path, samples / rate, rate, config.channels)
   for number, recording in enumerate(recordings):
-    other = audio_files.read(recordings[number - 1].path, rate, samples / rate)
+    other = next(pieces(recordings[number - 1]))
     left, count = max_seconds * rate, 0
-    for clip in audio_files.segments(recording.path, samples / rate, rate):
+    for clip in pieces(recording):
       clip = clip[:round(min(left, samples))]
       if len(clip) < _LEAST_SECONDS * rate:
         break
@@ -188,9 +195,9 @@ def _clips(recordings: Sequence[_Recording], samples: int, rate: int, max_second
 
 def _batches(clips: Iterator[tuple[np.ndarray, int, np.ndarray]], samples: int) -> Iterator[_Batch]:
   held: list[tuple[np.ndarray, int, np.ndarray]] = []
-  whole = lambda rows: np.stack([audio_measures.fit_length(row, samples) for row in rows])
+  whole = lambda rows: np.stack([audio_measures.fit_length(row, samples, axis=0) for row in rows])
   pack = lambda: _Batch(whole([c for c, _, _ in held]), np.array([len(c) for c, _, _ in held]),
-                        np.array([n for _, n, _ in held]), whole([np.resize(o, len(c)) for c, _, o in held]))
+                        np.array([n for _, n, _ in held]), whole([np.resize(o, c.shape) for c, _, o in held]))
   for clip in clips:
     held.append(clip)
     if len(held) == _BATCH:
@@ -220,11 +227,14 @@ class _Measured:
     return len(self.recordings)
 
   def add(self, batch: _Batch) -> None:
-    audio_BxN, levels = batch.audio_BxN, self.spec.levels
+    audio_BxN, levels, channels = batch.audio_BxN, self.spec.levels, self.config.channels
+    # Every channel is a clip, and a clip has the mean over its channels.
+    apart = lambda x: np.moveaxis(x.reshape(*x.shape[:2], channels), 2, 1).reshape(-1, x.shape[1])
 
     def compare(system: str, estimate_BxN: np.ndarray) -> None:
-      self._found[system].append(audio_measures.distances(
-          audio_BxN, estimate_BxN, batch.samples_B, sample_rate=self.config.sample_rate))
+      found = audio_measures.distances(apart(audio_BxN), apart(estimate_BxN), np.repeat(batch.samples_B, channels),
+                                       sample_rate=self.config.sample_rate)
+      self._found[system].append(audio_measures.Distances(*(x.reshape(-1, channels).mean(axis=1) for x in found)))
 
     codes_BxFxQ = self._codec.encode(audio_BxN)
     for q in range(1, levels + 1):
@@ -235,7 +245,7 @@ class _Measured:
                  for clip, n in zip(audio_BxN, batch.samples_B)]
       self._opus_bits[kilobits] += sum(bits for _, bits in decoded)
       compare(f'opus {kilobits}',
-              np.stack([audio_measures.fit_length(audio, audio_BxN.shape[1]) for audio, _ in decoded]))
+              np.stack([audio_measures.fit_length(audio, audio_BxN.shape[1], axis=0) for audio, _ in decoded]))
     compare('mismatched', batch.other_BxN)
     compare('identity', audio_BxN)
     self.recordings += batch.recording_B.tolist()

@@ -56,7 +56,8 @@ def load(workdir: str | os.PathLike) -> Loaded:
 class Transcoder:
   """One codec, compiled for blocks of a few seconds, with the state of the stream between them.
 
-  With `denoise`, the half of it that can takes noise out; ValueError where neither can.
+  With `denoise`, the half of it that can takes noise out. ValueError where neither can, and of `encode` and `decode`
+  where the other one does.
   """
 
   def __init__(self, codec: Loaded, *, denoise: bool = False):
@@ -65,6 +66,7 @@ class Transcoder:
     if denoise and not self.config.denoise_at:
       raise ValueError('this codec cannot take noise out: train one with the file codec/denoising.gin')
     self.block_frames = max(1, round(_BLOCK_SECONDS * self.config.sample_rate / self.config.stride))
+    self._denoise = denoise
     asked = lambda half: {'denoise': True} if denoise and self.config.denoise_at == half else {}
     self._encode = states.compiled(codec.model, 'encode_step', **asked('encoder'))
     self._decode = states.compiled(codec.model, 'decode_step', **asked('decoder'))
@@ -77,6 +79,7 @@ class Transcoder:
     source cannot be read as audio (`data.audio_files.AudioFault`, with the name of the file), has samples that are no
     numbers, or other channels than a codec of several takes; `target` is then as it was.
     """
+    self._check_half('encoder')
     header = self._header(levels)
     samples = 0
     with records.replacing(target) as file:
@@ -92,6 +95,7 @@ class Transcoder:
 
     Raises ValueError where the source is damaged, truncated, made by another codec, or has fewer levels.
     """
+    self._check_half('decoder')
     with open(source, 'rb') as stream:
       reader = BitstreamReader(stream, os.fspath(source))
       there = reader.header
@@ -118,6 +122,12 @@ class Transcoder:
 
     self._write_wav(target, blocks(), header, lambda: sum(lengths))
     return _result(target, sum(lengths), header)
+
+  def _check_half(self, half: str) -> None:
+    if self._denoise and self.config.denoise_at != half:
+      action = {'encoder': 'encode', 'decoder': 'decode'}[self.config.denoise_at]
+      raise ValueError(f'the {self.config.denoise_at} of this codec takes the noise out, not its {half}: denoise in '
+                       f'`musiclm codec {action}`')
 
   def _header(self, levels: int | None) -> StreamHeader:
     config = self.config

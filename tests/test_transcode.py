@@ -76,14 +76,18 @@ def test_other_rates_and_channels_are_taken(transcoder, tmp_path):
   assert made.seconds == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.fixture(scope='module')
-def stereo():
-  """A stereo codec that denoises, untrained."""
+def denoiser(half):
+  """A stereo codec of which that half denoises, untrained."""
   objective = experiment('codec', **{
-      'CODEC_CHANNELS': 2, 'model.SoundStreamConfig.denoise_at': 'encoder'}).argument('objective')
+      'CODEC_CHANNELS': 2, 'model.SoundStreamConfig.denoise_at': half}).argument('objective')
   model = soundstream.SoundStream(objective.codec, rngs=nnx.Rngs(0))
   model.film.bias[...] = model.film.bias[...].at[1].set(1.0)
   return types.SimpleNamespace(model=model, content_hash='0123456789abcdef')
+
+
+@pytest.fixture(scope='module')
+def stereo():
+  return denoiser('encoder')
 
 
 def test_stereo_comes_back_as_stereo(stereo, tmp_path):
@@ -102,9 +106,23 @@ def test_stereo_comes_back_as_stereo(stereo, tmp_path):
 
 def test_noise_is_taken_out_where_asked_by_a_codec_that_can(stereo, transcoder, tmp_path):
   source = music(tmp_path / 'a.wav', 20000, channels=2)
+  at_encoder, at_decoder = (transcode.Transcoder(c, denoise=True) for c in (stereo, denoiser('decoder')))
   transcode.Transcoder(stereo).encode(source, tmp_path / 'a.mlc')
-  transcode.Transcoder(stereo, denoise=True).encode(source, tmp_path / 'b.mlc')
+  at_encoder.encode(source, tmp_path / 'b.mlc')
   assert (tmp_path / 'a.mlc').read_bytes() != (tmp_path / 'b.mlc').read_bytes()
+  transcode.Transcoder(stereo).decode(tmp_path / 'a.mlc', tmp_path / 'a_out.wav')
+  at_decoder.decode(tmp_path / 'a.mlc', tmp_path / 'b_out.wav')  # the same parameters but for the place
+  assert (tmp_path / 'a_out.wav').read_bytes() != (tmp_path / 'b_out.wav').read_bytes()
+  for denoises in (at_encoder, at_decoder):
+    transcode.Transcoder(denoises.codec).round_trip(source, tmp_path / 'plain.wav')
+    denoises.round_trip(source, tmp_path / 'clean.wav')
+    assert (tmp_path / 'plain.wav').read_bytes() != (tmp_path / 'clean.wav').read_bytes()
+  # The half that does not denoise would do as if it had not been asked to.
+  with pytest.raises(ValueError, match='the encoder of this codec takes the noise out, not its decoder'):
+    at_encoder.decode(tmp_path / 'b.mlc', tmp_path / 'c.wav')
+  with pytest.raises(ValueError, match='denoise in `musiclm codec decode`'):
+    at_decoder.encode(source, tmp_path / 'c.mlc')
+  assert not (tmp_path / 'c.wav').exists() and not (tmp_path / 'c.mlc').exists()
   with pytest.raises(ValueError, match='this codec cannot take noise out'):
     transcode.Transcoder(transcoder.codec, denoise=True)
 

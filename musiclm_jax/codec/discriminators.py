@@ -15,6 +15,14 @@ import jax.numpy as jnp
 from musiclm_jax.nn import conv, spectral
 
 
+_GROUPED = 4  # layers of a waveform discriminator
+
+
+def _groups(width: int) -> int:
+  """Of a waveform layer that reads so many channels: four channels each."""
+  return max(1, width // 4)
+
+
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorsConfig:
   """One discriminator on the complex STFT and `waveform_scales` on the waveform.
@@ -48,10 +56,20 @@ class DiscriminatorsConfig:
     if len(self.multipliers) != len(self.strides):
       raise ValueError(
           f'discriminator: {len(self.multipliers)} multipliers for {len(self.strides)} strides')
+    for before, after in zip(self.waveform_widths, self.waveform_widths[1:]) if self.waveform_scales else ():
+      if before % _groups(before) or after % _groups(before):
+        raise ValueError(f'discriminator: a waveform layer from {before} to {after} channels cannot have '
+                         f'{_groups(before)} groups; take multiples of 4')
     if (self.window // 2) % math.prod(f for _, f in (self.stride, *self.strides)):
       raise ValueError(
           f'discriminator: {self.window // 2} bins cannot be divided by the frequency strides of '
           f'{self.stride} and {self.strides}')
+
+  @property
+  def waveform_widths(self) -> tuple[int, ...]:
+    """Channels of a waveform discriminator after its first layer and after each grouped one."""
+    return tuple(min(4 ** i * self.waveform_width, max(self.waveform_width, self.waveform_max_width))
+                 for i in range(_GROUPED + 1))
 
   @property
   def last_bins(self) -> int:
@@ -112,22 +130,19 @@ class StftDiscriminator(nnx.Module):
 class WaveformDiscriminator(nnx.Module):
   """Plain, four grouped (group size 4, stride 4, channels x 4), and two more plain convolutions in time."""
 
-  GROUPED = 4
-
   def __init__(self, config: DiscriminatorsConfig, channels: int = 1, *, rngs: nnx.Rngs):
-    width = config.waveform_width
-    self.layer_0 = conv.Conv1d(channels, width, 15, rngs=rngs)
-    for i in range(self.GROUPED):
-      next_width = min(4 * width, config.waveform_max_width)
-      layer = conv.Conv1d(width, next_width, 41, stride=4, groups=max(1, width // 4), rngs=rngs)
+    widths = config.waveform_widths
+    self.layer_0 = conv.Conv1d(channels, widths[0], 15, rngs=rngs)
+    for i, (before, after) in enumerate(zip(widths, widths[1:])):
+      layer = conv.Conv1d(before, after, 41, stride=4, groups=_groups(before), rngs=rngs)
       setattr(self, f'layer_{i + 1}', layer)
-      width = next_width
+    width = widths[-1]
     self.layer_5 = conv.Conv1d(width, width, 5, rngs=rngs)
     self.last = conv.Conv1d(width, 1, 3, rngs=rngs)
 
   def __call__(self, audio_BxNxA: jax.Array) -> Judgement:
     x, features = audio_BxNxA, []
-    for i in range(self.GROUPED + 2):
+    for i in range(_GROUPED + 2):
       x = _activation(getattr(self, f'layer_{i}')(x))
       features.append(x)
     return Judgement(self.last(x)[..., 0].astype(jnp.float32), tuple(features))

@@ -200,7 +200,8 @@ class CodecTraining(objective.Objective):
     total = jnp.mean(sum(weighted) + pulled_B)
     metrics |= {name: jnp.mean(term_B) for name, term_B in terms.items()}
     if not training:
-      metrics |= self._evaluation(model, batch, latents, key)
+      quality, ratios = self._evaluation(model, batch, latents, key)
+      metrics, statistics = metrics | quality, {**statistics, 'si_sdr': ratios}
     return total, objective.Aux(metrics, statistics)
 
   def update(self, buffers: Any, statistics: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
@@ -218,10 +219,12 @@ class CodecTraining(objective.Objective):
         'perplexity_1_floor': jnp.float32(_COLLAPSED_SHARE * self.codec.codebook_size)}
 
   def evaluated(self, statistics: Any) -> dict[str, jax.Array]:
-    """How many codes of each level are in even use, and the share in any use, in all held-out frames together."""
+    """How many codes of each level are in even use, and the share in any use, in all held-out frames together; and
+    SI-SDR over the clips that are not silent, which have none."""
     count_QxK = statistics['count']
+    ratios = {name: found['sum'] / found['clips'] for name, found in statistics['si_sdr'].items() if found['clips'] > 0}
     return {'perplexity': quantize.perplexity(count_QxK), 'codes_used_share': jnp.mean(count_QxK > 0, axis=-1),
-            'perplexity_frames': jnp.sum(count_QxK[0])}
+            'perplexity_frames': jnp.sum(count_QxK[0]), **ratios}
 
   def media(self, model: nnx.Module, batch: objective.Batch) -> objective.Media:
     """The clips, and what the codec makes of them with all, the first four and the first level."""
@@ -319,23 +322,29 @@ class CodecTraining(objective.Objective):
     return found.terms, metrics, statistics, balance.pulled(found, factors, decoded)
 
   def _evaluation(self, model, batch, latents, key):
-    """Quality with all, the first four and the first level; of a codec that denoises also how far it does."""
-    metrics = {}
+    """Metrics and, for `evaluated`, SI-SDR with all, the first four and the first level; of a codec that denoises also
+    how far it does."""
+    metrics, ratios = {}, {}
     audio = batch['audio'].astype(jnp.float32)
+
+    def ratio(decoded):
+      ratio_B = spectral.si_sdr(_by_channel(audio), _by_channel(decoded))
+      audible_B = ~jnp.isnan(ratio_B)
+      return {'sum': jnp.sum(jnp.where(audible_B, ratio_B, 0)), 'clips': jnp.sum(audible_B)}
+
     indices = model.quantizer.encode(latents)
     for levels in self._measured_levels:
       decoded = model.decode(indices[..., :levels])
       suffix = '' if levels == self.codec.levels else f'_{levels}_levels'
       distance_B = spectral.log_mel_distance(_by_channel(audio), _by_channel(decoded), self.codec.sample_rate)
       metrics[f'log_mel_distance{suffix}'] = jnp.mean(distance_B)
-      metrics[f'si_sdr{suffix}'] = jnp.nanmean(spectral.si_sdr(_by_channel(audio), _by_channel(decoded)))
+      ratios[f'si_sdr{suffix}'] = ratio(decoded)
     if self.codec.denoise_at:
       heard = self._noisy(batch, key, 1.0).heard_BxN
       at_encoder, at_decoder = self._conditions(True)
       denoised = model.decode(model.encode(heard, denoise=at_encoder), at_decoder)
-      metrics |= {name: jnp.nanmean(spectral.si_sdr(_by_channel(audio), _by_channel(x)))
-                  for name, x in (('si_sdr_noisy', heard), ('si_sdr_denoised', denoised))}
-    return metrics
+      ratios |= {'si_sdr_noisy': ratio(heard), 'si_sdr_denoised': ratio(denoised)}
+    return metrics, ratios
 
 
 class _Judges(NamedTuple):

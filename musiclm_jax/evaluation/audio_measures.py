@@ -151,7 +151,8 @@ def round_trip(
   return codes_BxFxQ, {q: fit_length(audio, clips_BxN.shape[1]) for q, audio in decoded.items()}
 
 
-def fit_length(audio_BxN: np.ndarray, length: int) -> np.ndarray:
-  """`audio` cut or zero-padded at its end to `length` samples."""
-  missing = max(0, length - audio_BxN.shape[-1])
-  return np.pad(audio_BxN[..., :length], [(0, 0)] * (audio_BxN.ndim - 1) + [(0, missing)])
+def fit_length(audio: np.ndarray, length: int, *, axis: int = -1) -> np.ndarray:
+  """`audio` cut or zero-padded at its end to `length` samples, which are along `axis`."""
+  samples_first = np.moveaxis(audio, axis, 0)[:length]
+  padding = [(0, length - len(samples_first))] + [(0, 0)] * (audio.ndim - 1)
+  return np.moveaxis(np.pad(samples_first, padding), 0, axis)

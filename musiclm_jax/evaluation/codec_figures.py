@@ -90,4 +90,4 @@ def restart_share(rows: Sequence[Mapping[str, Any]], *, last: float = 0.1) -> fl
   if not shares:
     return None
   first = max(step for step, _ in shares) * (1 - last)
-  return float(np.mean([share for step, share in shares if step >= first]))
+  return float(np.mean([share for step, share in shares if step > first]))

@@ -1,6 +1,6 @@
 """Opus, the codec that everybody has: what a clip becomes at a bitrate, by the programs `opusenc` and `opusdec`.
 
-N samples.
+N samples; stereo has its channels as a last axis.
 """
 from __future__ import annotations
 
@@ -28,18 +28,21 @@ def version() -> str:
 def round_trip(audio_N: np.ndarray, sample_rate: int, kilobits: float) -> tuple[np.ndarray, int]:
   """(decoded float32 [N] at the same rate, bits of the packets that hold sound).
 
-  Mono in [-1, 1]; what lies outside is clipped, and the encoder gets 16 bits a sample. Constant bitrate, so that
-  `kilobits` a second is what it takes (the default of variable bitrate takes half as much again on tonal music), and
-  else the defaults of `opusenc`: complexity 10, frames of 20 ms. Opus works at 48 kHz inside; both programs resample.
+  Mono or stereo in [-1, 1]; what lies outside is clipped, and the encoder gets 16 bits a sample. Constant bitrate, so
+  that `kilobits` a second is what it takes (the default of variable bitrate takes half as much again on tonal music),
+  and else the defaults of `opusenc`: complexity 10, frames of 20 ms. Opus works at 48 kHz inside; both programs
+  resample.
   `opusdec` drops the samples by which the encoder declares to be late (RFC 7845, section 4.2). Raises
   RuntimeError where a program fails.
   """
+  channels = audio_N.shape[1] if audio_N.ndim > 1 else 1
   samples = np.round(np.clip(np.asarray(audio_N, np.float64), -1, 1) * 32767).astype('<i2')
   encoded = _run(['opusenc', '--quiet', '--hard-cbr', '--bitrate', f'{kilobits:g}', '--raw', '--raw-bits', '16',
-                  '--raw-chan', '1', '--raw-rate', str(sample_rate), '-', '-'], samples.tobytes())
+                  '--raw-chan', str(channels), '--raw-rate', str(sample_rate), '-', '-'], samples.tobytes())
   decoded = _run(['opusdec', '--quiet', '--float', '--rate', str(sample_rate), '-', '-'], encoded)
   audio = np.frombuffer(decoded[:len(decoded) // 4 * 4], '<f4').astype(np.float32)
-  return audio_measures.fit_length(audio, len(audio_N)), 8 * sum(_packets(encoded)[_HEADERS:])
+  audio = audio.reshape(-1, *audio_N.shape[1:])
+  return audio_measures.fit_length(audio, len(audio_N), axis=0), 8 * sum(_packets(encoded)[_HEADERS:])
 
 
 def _run(command: list[str], given: bytes) -> bytes:

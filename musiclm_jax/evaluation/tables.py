@@ -71,7 +71,7 @@ _CODEC = (
          ('silence', 'codec.mel_distance_silence'), ('untrained codec', 'codec.mel_distance_untrained')),
         'How far the spectrogram of the reconstruction is from the clip. 0 is equal, 0.69 is a factor of 2.',
         '{:.2f}'),
-    Row('codec.si_sdr_db', 'SI-SDR (dB)', (('no better than noise', ''),),
+    Row('codec.si_sdr_db', 'SI-SDR (dB)', (('signal and error equally strong', ''),),
         'How much stronger the signal is than the error of the waveform. Above 0 the wave is followed.',
         '{:+.1f}'),
     Row('codec.restart_share', 'Code restarts a step', (),

@@ -78,9 +78,9 @@ class ResidualQuantizer(nnx.Module):
     used_BxQ = jnp.ones((B, Q)) if levels_B is None else (jnp.arange(Q) < levels_B[:, None]).astype(jnp.float32)
     pick = None
     if key is not None:
-      slot_key, frame_key = jax.random.split(key)
-      chosen_QxM = jax.random.randint(slot_key, (Q, CANDIDATES), 0, batch_size)
-      frame_QxM = jax.random.randint(frame_key, (Q, CANDIDATES), 0, T)
+      # Different ones: of two equal codes the second would never be the nearest.
+      draw = lambda k: jax.random.choice(k, batch_size * T, (min(CANDIDATES, batch_size * T),), replace=False)
+      chosen_QxM, frame_QxM = jnp.divmod(jax.vmap(draw)(jax.random.split(key, Q)), T)
       pick = (chosen_QxM[:, None] == slot_B[None, :, None]).astype(jnp.float32), frame_QxM
 
     def level(carry, inputs):

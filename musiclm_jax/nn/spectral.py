@@ -178,18 +178,20 @@ def si_sdr(reference_BxN: jax.Array | np.ndarray, estimate_BxN: jax.Array | np.n
   """Scale-invariant signal-to-distortion ratio in dB, [B] (Le Roux et al., arXiv 1811.02508, eq. 5).
 
   Arrays of JAX or of NumPy, in their own precision. Both signals are made zero-mean first. Clips without any sound
-  have no such ratio: NaN.
+  have no such ratio: NaN. An estimate without any has nothing of its clip: -300.
   """
   both_numpy = isinstance(reference_BxN, np.ndarray) and isinstance(estimate_BxN, np.ndarray)
   xp = np if both_numpy else jnp
   reference_BxN = reference_BxN - xp.mean(reference_BxN, axis=-1, keepdims=True)
   estimate_BxN = estimate_BxN - xp.mean(estimate_BxN, axis=-1, keepdims=True)
   energy_B = xp.sum(reference_BxN**2, axis=-1)
-  silent_B = energy_B <= 1e-12 * reference_BxN.shape[-1]
+  least = 1e-12 * reference_BxN.shape[-1]
+  silent_B = energy_B <= least
   scale_B = xp.sum(reference_BxN * estimate_BxN, axis=-1) / xp.where(silent_B, 1.0, energy_B)
   target_BxN = scale_B[..., None] * reference_BxN
   error_B = xp.sum((estimate_BxN - target_BxN)**2, axis=-1)
   target_B = xp.sum(target_BxN**2, axis=-1)
   # The limits keep a perfect and an unrelated estimate finite, at +300 and -300 dB.
   ratio_B = xp.maximum(target_B, 1e-30) / xp.maximum(error_B, 1e-30)
-  return xp.where(silent_B, xp.nan, 10 * xp.log10(xp.minimum(ratio_B, 1e30)))
+  ratio_B = xp.where(target_B + error_B <= least, 1e-30, xp.clip(ratio_B, 1e-30, 1e30))
+  return xp.where(silent_B, xp.nan, 10 * xp.log10(ratio_B))

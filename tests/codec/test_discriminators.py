@@ -66,6 +66,8 @@ def test_full_size_has_the_papers_last_convolution():
   assert math.prod(judges.waveform_0.layer_5.w.shape) == 5 * 1024 * 1024
 
 
-def test_bins_that_cannot_be_divided_are_refused():
+def test_bins_and_channels_that_cannot_be_divided_are_refused():
   with pytest.raises(ValueError, match='50 bins'):
     configs.replace(configs.DISCRIMINATORS, window=100)
+  with pytest.raises(ValueError, match='from 18 to 72 channels cannot have 4 groups'):
+    configs.replace(configs.DISCRIMINATORS, waveform_scales=1, waveform_width=18)

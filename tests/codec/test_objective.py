@@ -8,6 +8,7 @@ import pytest
 from musiclm_jax import specs
 from musiclm_jax.codec import discriminators, objective
 from musiclm_jax.data import token_counts
+from musiclm_jax.nn import spectral
 from musiclm_jax.training import metrics
 from tests.codec import configs
 
@@ -180,15 +181,22 @@ def test_a_few_steps_reduce_the_reconstruction():
 def test_evaluation_reports_quality_by_number_of_levels():
   graph, params, buffers = split()
   training = configs.replace(TRAINING, seconds=0.1)
-  x = np.random.default_rng(0).uniform(-0.5, 0.5, size=(2, training.samples)).astype(np.float32)
-  given = {'audio': x, 'slot': jnp.arange(2)}
-
-  @jax.jit
-  def evaluate(params):
-    return training.loss(nnx.merge(graph, params, buffers), given, jax.random.key(0), training=False)
-
-  _, aux = evaluate(params)
-  assert {'log_mel_distance', 'log_mel_distance_1_levels', 'si_sdr', 'si_sdr_1_levels'} <= set(aux.metrics)
+  model = nnx.merge(graph, params, buffers)
+  x = np.random.default_rng(0).uniform(-0.5, 0.5, size=(3, 2, training.samples)).astype(np.float32)
+  x[0, 1] = x[1] = 0  # clips without any sound have no SI-SDR, here a whole batch of them
+  loss = jax.jit(lambda given, key: training.loss(model, given, key, training=False))
+  found = metrics.held_out(training, loss, [{'audio': a, 'slot': jnp.arange(2)} for a in x], jax.random.key(0))
+  clips = x.reshape(-1, x.shape[-1])
+  for levels, name in ((TRAINING.codec.levels, ''), (1, '_1_levels')):
+    decoded = np.asarray(jax.jit(lambda x, n=levels: model.decode(model.encode(x, n)))(clips))
+    ratio = spectral.si_sdr(clips, decoded)
+    assert np.isnan(ratio).sum() == 3
+    assert found[f'si_sdr{name}'] == pytest.approx(np.nanmean(ratio), rel=1e-3)
+    assert found[f'log_mel_distance{name}'] == pytest.approx(
+        np.mean(spectral.log_mel_distance(clips, decoded)), rel=1e-3)
+  assert found['si_sdr'] != pytest.approx(found['si_sdr_1_levels'], rel=1e-2)
+  silent = metrics.held_out(training, loss, [{'audio': x[1], 'slot': jnp.arange(2)}], jax.random.key(0))
+  assert 'si_sdr' not in silent and np.isfinite(list(silent.values())).all()
 
 
 def test_held_out_perplexity_is_that_of_all_batches_together():

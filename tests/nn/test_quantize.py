@@ -115,6 +115,8 @@ def test_candidates_are_residuals_of_their_level_from_all_over_the_global_batch(
     residuals_NxD = np.asarray(x_BxTxD - before).reshape(-1, D)
     distance_MxN = np.abs(candidates_QxMxD[level][:, None] - residuals_NxD).max(-1)
     np.testing.assert_allclose(distance_MxN.min(-1), 0, atol=1e-5)
+    # Two codes that are replaced in one step are not made equal.
+    assert len(set(distance_MxN.argmin(-1).tolist())) == len(distance_MxN)
     origins |= set((distance_MxN.argmin(-1) // 20).tolist())
   assert origins == set(range(6))
 
