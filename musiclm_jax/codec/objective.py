@@ -33,7 +33,7 @@ class LossWeights:
   """Weights of the generator's terms; the first three are the paper's (section III-E).
 
   The three terms of the paper are divided by one constant, `CodecTraining.unit`, which changes neither their
-  balance nor what Adam does: the total is then about the mean error of the log-mel spectrogram in nepers,
+  balance nor what Adam does: its second term is then the mean error of the log-mel spectrogram in nepers,
   and the weights of the terms that the paper does not state, and gradient clipping, mean the same for every
   set of windows. These are our choice:
 
@@ -121,7 +121,7 @@ class CodecTraining(objective.Objective):
 
   @property
   def unit(self) -> float:
-    """The reconstruction loss where every band of the log-mel spectrogram is wrong by one neper."""
+    """The second term of the reconstruction loss where every band of the log-mel spectrogram is wrong by one neper."""
     return sum(math.sqrt(s / 2) for s in self.windows) * math.sqrt(self.bands)
 
   @property
@@ -237,8 +237,10 @@ class CodecTraining(objective.Objective):
     """Multi-scale mel loss [B]: sum over scales s of |S - S'|_1 + sqrt(s / 2) |log S - log S'|_2.
 
     Norms are over the bands; both are averaged over the frames of the scale (hop s / 4). Equation 4, after
-    Gritsenko et al. (arXiv 2008.01160). It is averaged over the channels; of two, their mid and side count as two more:
-    spectra of the channels alone do not tell where between them a sound is.
+    Gritsenko et al. (arXiv 2008.01160). S are magnitudes as the transform gives them: the balance of the two terms
+    depends on it, the paper does not state it, and the code of Gritsenko et al. divides by nothing. It is averaged over
+    the channels; of two, their mid and side count as two more: spectra of the channels alone do not tell where between
+    them a sound is.
     """
     both = jnp.concatenate([_spectral_views(audio_BxN), _spectral_views(decoded_BxN)])
     batch = both.shape[0] // 2
@@ -249,7 +251,8 @@ class CodecTraining(objective.Objective):
           fft_size=max(window, self.smallest_fft), floor=self.floor)
       mel = spectral.mel(both, config)
       log = jnp.log(jnp.maximum(mel, config.floor))
-      linear = jnp.sum(jnp.abs(mel[:batch] - mel[batch:]), axis=-1)
+      undivided = spectral.hann(window).sum() / 2  # what `mel` divides by
+      linear = undivided * jnp.sum(jnp.abs(mel[:batch] - mel[batch:]), axis=-1)
       # The constant keeps the gradient finite where both spectra are silent.
       norm = jnp.sqrt(jnp.sum(jnp.square(log[:batch] - log[batch:]), axis=-1) + 1e-8)
       total += jnp.mean(linear + math.sqrt(window / 2) * norm, axis=-1)

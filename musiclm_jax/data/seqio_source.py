@@ -25,14 +25,30 @@ import numpy as np
 # JAX has set 1, and at 2 TensorFlow still calls it an error of CUDA that there is no accelerator.
 if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
   os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
-import tensorflow as tf  # noqa: E402
 
-for _kind in ('GPU', 'TPU'):
-  # Before TensorFlow's first operation: it would take all memory of the accelerators that JAX trains on.
-  # Where the caller has already started TensorFlow, the choice was the caller's.
-  with contextlib.suppress(RuntimeError, ValueError):
-    tf.config.set_visible_devices([], _kind)
-import seqio  # noqa: E402
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+  """Without what C++ code writes to the standard error: TensorFlow's first lines heed no level."""
+  kept = os.dup(2)
+  try:
+    with open(os.devnull, 'wb') as nothing:
+      os.dup2(nothing.fileno(), 2)
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+
+
+with _silenced():
+  import tensorflow as tf
+
+  for _kind in ('GPU', 'TPU'):
+    # Before TensorFlow's first operation: it would take all memory of the accelerators that JAX trains on.
+    # Where the caller has already started TensorFlow, the choice was the caller's.
+    with contextlib.suppress(RuntimeError, ValueError):
+      tf.config.set_visible_devices([], _kind)
+  import seqio
 
 from musiclm_jax import specs  # noqa: E402
 from musiclm_jax.data import records, source  # noqa: E402
