@@ -1,4 +1,4 @@
-"""The `musiclm` command: prepare, train, extract, data, codec, generate, evaluate, reproduce, quickstart.
+"""The `musiclm` command: prepare, vocabulary, train, extract, data, codec, generate, evaluate, reproduce, quickstart.
 
 Each verb imports what it needs when it runs, so that `--help` is instant and a verb works without the
 packages of the others. A user's mistake is one line on stderr: exit code 2 for the command line and the
@@ -103,6 +103,12 @@ def _progress(what: str, done: int, total: int) -> None:
     print(f'\r{what} {done}/{total}', end='\n' if done == total else '', file=sys.stderr, flush=True)
   elif done == total:
     print(f'{what} {total}', file=sys.stderr)
+
+
+def vocabulary(args: argparse.Namespace) -> None:
+  for source in args.source:
+    _existing(source, 'vocabulary')
+  print(_late('data.vocabulary', 'train')(args.source, args.output, **_given(args, 'size', 'caption_column')))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -275,6 +281,19 @@ examples:
   p.add_argument('--seed', metavar='N', type=int, help='for --composer')
 
 
+def _add_vocabulary(verb: Callable[..., _Parser]) -> None:
+  p = verb('vocabulary', vocabulary, 'train a text vocabulary (SentencePiece) for MuLan', '''
+examples:
+  musiclm vocabulary data/mine --size 8000 --output mine.model
+  musiclm train --gin_file experiments/mulan.gin --gin.MULAN_VOCABULARY=mine.model --gin.MULAN_TEXT_VOCAB=8064 ...
+''')
+  p.add_argument('source', metavar='SOURCE', nargs='+',
+                 help='records with texts, caption files (CSV, TSV, JSON lines), or .txt files with a text a line')
+  p.add_argument('--size', metavar='N', type=_positive(int), help='pieces at most; 8000 by default')
+  p.add_argument('--caption_column', metavar='NAME', help='the column of caption files that holds the text')
+  p.add_argument('--output', metavar='FILE', required=True, help='the vocabulary')
+
+
 def _add_train(verb: Callable[..., _Parser]) -> None:
   p = verb('train', train, 'train any network from a gin experiment; run again to resume', '''
 Any macro or binding of the experiment can be set on the command line; text needs no quotes:
@@ -417,8 +436,8 @@ start here:
     p.set_defaults(run=run)
     return p
 
-  for add in (_add_prepare, _add_train, _add_extract, _add_data, _add_codec, _add_generate, _add_evaluate,
-              _add_reproduce, _add_quickstart):
+  for add in (_add_prepare, _add_vocabulary, _add_train, _add_extract, _add_data, _add_codec, _add_generate,
+              _add_evaluate, _add_reproduce, _add_quickstart):
     add(verb)
   return parser
 
@@ -441,8 +460,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   rest, bindings = _split_bindings(argv)
   args = _parser().parse_args(rest)
   if args.verb is None:
-    raise UsageError('no verb: prepare, train, extract, data, codec, generate, evaluate, reproduce, quickstart (see '
-                     'musiclm --help)')
+    raise UsageError('no verb: prepare, vocabulary, train, extract, data, codec, generate, evaluate, reproduce, '
+                     'quickstart (see musiclm --help)')
   if bindings and args.verb != 'train':
     raise UsageError(f'--gin.{bindings[0][0]} belongs to `musiclm train`')
   args.gin_bindings = bindings

@@ -74,7 +74,8 @@ def _words(value: Any) -> str:
   return '' if value is None else ' '.join(str(value).split())
 
 
-def _texts(row: Mapping[str, Any], caption_column: str | None) -> tuple[dict[str, str], ...]:
+def row_texts(row: Mapping[str, Any], caption_column: str | None) -> tuple[dict[str, str], ...]:
+  """The texts of a row, each with its kind: the description, the tags, the label."""
   column = caption_column or next((c for c in CAPTION_COLUMNS if c in row), None)
   found = [('description', row.get(column) if column else None), ('tags', row.get('tags')),
            ('label', row.get('label'))]
@@ -83,7 +84,7 @@ def _texts(row: Mapping[str, Any], caption_column: str | None) -> tuple[dict[str
 
 def _facts(row: Mapping[str, Any]) -> Facts:
   known = {name: next((_words(row[k]) for k in keys if row.get(k)), '') for name, keys in _LICENCE.items()}
-  return Facts(_words(row.get('artist')), {k: v for k, v in known.items() if v}, _texts(row, None))
+  return Facts(_words(row.get('artist')), {k: v for k, v in known.items() if v}, row_texts(row, None))
 
 
 def folder_facts(audio_dir: str | os.PathLike, names: Iterable[str]) -> dict[str, Facts]:
@@ -137,7 +138,7 @@ def read_captions(path: str | os.PathLike, names: Iterable[str],
     file = str(row.get('file') or '').replace('\\', '/').removeprefix('./')
     matches = [file] if file in exact else lookup.get(file) or lookup.get(file.rpartition('/')[2]) or []
     if len(matches) == 1:
-      texts[matches[0]].extend(t for t in _texts(row, caption_column) if t not in texts[matches[0]])
+      texts[matches[0]].extend(t for t in row_texts(row, caption_column) if t not in texts[matches[0]])
     else:
       unmatched.append(file)
   if not texts:

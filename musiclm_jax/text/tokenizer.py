@@ -1,4 +1,4 @@
-"""Text tokenizer without TensorFlow: a SentencePiece model (arXiv 1808.06226) with a fixed padding id.
+"""Text tokenizer without TensorFlow: a SentencePiece model (arXiv 1808.06226) or BERT's WordPiece, with one padding id.
 
 Legend: B batch, L length.
 """
@@ -14,37 +14,34 @@ import pathlib
 import numpy as np
 import sentencepiece
 
+from musiclm_jax.text import wordpiece
+
 PAD_ID = 0
 _BUILTIN = pathlib.Path(__file__).with_name('english.model')
 
 
 class Tokenizer:
-  """Ids of a SentencePiece model; id 0 is padding and never stands for text.
+  """Ids of a SentencePiece model or of a WordPiece vocabulary; id 0 is padding and never stands for text.
 
-  Normalisation (NFKC and lower case, for models that `train` made) is part of the model, and unknown
-  characters become bytes, so no text is lost. Two tokenizers are equal when their models are the same bytes.
+  Normalisation is part of the model: NFKC and lower case for those that `train` made, in which unknown characters
+  become bytes, so no text is lost. Of a WordPiece vocabulary every text ends with the piece [SEP], as BERT has learned
+  it. Two tokenizers are equal when their models are the same bytes.
 
   Attributes:
-    model_bytes: the serialised model; `Tokenizer(model_bytes)` gives the same tokenizer back.
+    model_bytes: the serialised model, or the vocabulary's lines; `Tokenizer(model_bytes)` gives the same one back.
   """
 
   def __init__(self, model_bytes: bytes):
-    """Raises ValueError where the bytes are no SentencePiece model or its padding id is not 0."""
+    """Raises ValueError where the bytes are neither, or the padding id is not 0."""
     self.model_bytes = bytes(model_bytes)
-    try:
-      self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
-      pad, size = self._processor.pad_id(), self._processor.vocab_size()
-    except RuntimeError:
-      pad, size = None, 0
-    if not size:
-      raise ValueError(f'{len(self.model_bytes)} bytes are no SentencePiece model')
-    if pad != PAD_ID:
-      raise ValueError(
-          f'this SentencePiece model has padding id {pad}, not {PAD_ID}: train it with pad_id={PAD_ID}')
+    of_lines = self.model_bytes.startswith(wordpiece.PAD.encode())
+    self._model = wordpiece.WordPiece(self.model_bytes) if of_lines else _SentencePiece(self.model_bytes)
 
   @classmethod
   def load(cls, vocabulary: str | os.PathLike = 'builtin') -> Tokenizer:
-    """Reads a `.model` file; "builtin" is the vocabulary that comes with the package: English words of music.
+    """Reads a SentencePiece model or the `vocab.txt` of a BERT.
+
+    "builtin" is the vocabulary that comes with the package: English words of music.
 
     Raises FileNotFoundError, or ValueError for a file of another kind.
     """
@@ -84,7 +81,7 @@ class Tokenizer:
   @property
   def vocab_size(self) -> int:
     """Ids lie in [0, vocab_size), padding included."""
-    return self._processor.vocab_size()
+    return self._model.size
 
   @property
   def content_hash(self) -> str:
@@ -92,13 +89,13 @@ class Tokenizer:
     return hashlib.sha256(self.model_bytes).hexdigest()
 
   def encode(self, text: str, length: int) -> np.ndarray:
-    """Ids of `text` as int32 [length]: the first `length` tokens, then zeros.
+    """Ids of `text` as int32 [length]: its first tokens, then zeros.
 
-    A longer text is cut; `length_of` tells by how much. Raises ValueError for a length below 1.
+    A longer text is cut, its end piece is not; `length_of` tells by how much. Raises ValueError for a length below 1.
     """
     if length < 1:
       raise ValueError(f'encode needs length >= 1, found {length}')
-    ids = self._processor.encode(text)[:length]
+    ids = self._with_end(self._model.encode(text), length)
     out_L = np.full(length, PAD_ID, np.int32)
     out_L[:len(ids)] = ids
     return out_L
@@ -110,11 +107,16 @@ class Tokenizer:
 
   def decode(self, ids_L: Iterable[int]) -> str:
     """The text of ids, normalised as the model does (lower case); padding is left out."""
-    return self._processor.decode([int(i) for i in ids_L if i != PAD_ID])
+    return self._model.decode([int(i) for i in ids_L if i != PAD_ID])
 
   def length_of(self, text: str) -> int:
-    """Number of tokens of the whole text; 0 for an empty one."""
-    return len(self._processor.encode(text))
+    """Number of tokens of the whole text; 0 for one in which there is nothing."""
+    return len(self._with_end(self._model.encode(text)))
+
+  def _with_end(self, ids: list[int], length: int | None = None) -> list[int]:
+    if not ids or self._model.end is None:
+      return ids[:length]
+    return [*(ids if length is None else ids[:length - 1]), self._model.end]
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, Tokenizer) and self.model_bytes == other.model_bytes
@@ -127,6 +129,25 @@ class Tokenizer:
 
   def __repr__(self) -> str:
     return f'Tokenizer(vocab_size={self.vocab_size}, content_hash={self.content_hash[:12]})'
+
+
+class _SentencePiece:
+  """A SentencePiece model, as `WordPiece` is one of WordPiece."""
+
+  end = None
+
+  def __init__(self, model: bytes):
+    try:
+      processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+      pad, self.size = processor.pad_id(), processor.vocab_size()
+    except RuntimeError:
+      pad, self.size = None, 0
+    if not self.size:
+      raise ValueError(f'{len(model)} bytes are no SentencePiece model and no WordPiece vocabulary')
+    if pad != PAD_ID:
+      raise ValueError(
+          f'this SentencePiece model has padding id {pad}, not {PAD_ID}: train it with pad_id={PAD_ID}')
+    self.encode, self.decode = processor.encode, processor.decode
 
 
 @functools.cache

@@ -102,7 +102,7 @@ def test_errors_name_the_cause(tmp_path):
   with pytest.raises(FileNotFoundError, match='no vocabulary file .*missing.model'):
     Tokenizer.load(tmp_path / 'missing.model')
   (tmp_path / 'broken.model').write_bytes(b'not a model')
-  with pytest.raises(ValueError, match='broken.model: 11 bytes are no SentencePiece model'):
+  with pytest.raises(ValueError, match='broken.model: 11 bytes are no SentencePiece model and no WordPiece vocabulary'):
     Tokenizer.load(tmp_path / 'broken.model')
   with pytest.raises(ValueError, match='no SentencePiece model'):
     Tokenizer(b'')
