@@ -1,8 +1,8 @@
-"""Audio tower of MuLan: an Audio Spectrogram Transformer over one fixed window.
+"""Audio tower of MuLan: what all kinds of it share, and the Audio Spectrogram Transformer over one fixed window.
 
 The layout is AST's (arXiv 2104.01778): overlapping patches of the log-mel spectrogram, one linear embedding
 of a patch, learned class tokens and positions, a bidirectional transformer with the norms first. MuLan uses
-it on 10 s windows (arXiv 2208.12415, section 3.2).
+it on 10 s windows (arXiv 2208.12415, section 3.2); the other kind is in `resnet`.
 
 B batch, N samples, F frames, M mel bands, T patches along time, S patches along the bands, P values of one
 patch, L tokens (class tokens first), D width.
@@ -23,35 +23,22 @@ from musiclm_jax.nn.transformer import Linear, Transformer, TransformerConfig
 POSITION_DEVIATION = 0.02
 
 
-@dataclasses.dataclass(frozen=True)
-class AudioTowerConfig:
-  """Sizes of the audio tower.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpectrogramConfig:
+  """What an audio tower of any kind reads. Each kind has a `width`: D, of what comes out.
 
   Attributes:
     mel: the spectrogram; its values are shifted by `mel_mean` and divided by `mel_deviation`.
     seconds: the fixed window that the tower sees at once, a whole number of frames; 10 s in the paper.
-    patch_frames, patch_bands, stride_frames, stride_bands: a patch, and the distance between patches; AST has
-      16 x 16 patches every 10 frames and 10 bands.
-    class_tokens: learned tokens before the patches whose average is the output; 1 in MuLan, 2 in AST (class
-      and distillation token), 0 for the mean over the patches.
     time_masks, time_mask_frames, band_masks, band_mask_bands: SpecAugment (arXiv 1904.08779) in training: how
       many masks a clip, and the widest one; 0 for none.
+    remat: whether blocks are computed again for the gradient, which saves memory.
   """
 
   mel: MelConfig
   seconds: float
-  patch_frames: int
-  patch_bands: int
-  stride_frames: int
-  stride_bands: int
-  width: int
-  depth: int
-  heads: int
-  mlp_width: int
-  class_tokens: int = 1
   mel_mean: float = -6.0
   mel_deviation: float = 3.0
-  dropout: float = 0.0
   time_masks: int = 0
   time_mask_frames: int = 0
   band_masks: int = 0
@@ -63,10 +50,6 @@ class AudioTowerConfig:
       raise ValueError(
           f'MuLan audio tower: a window of {self.seconds} s is no whole number of frames of {self.mel.hop} '
           f'samples at {self.mel.sample_rate} Hz')
-    if min(self.time_patches, self.band_patches) < 1:
-      raise ValueError(
-          f'MuLan audio tower: patches of {self.patch_frames} frames x {self.patch_bands} bands do not fit '
-          f'in a window of {self.window_frames} frames x {self.mel.bands} bands')
     if self.time_mask_frames > self.window_frames or self.band_mask_bands > self.mel.bands:
       raise ValueError(
           f'MuLan audio tower: masks of {self.time_mask_frames} frames and {self.band_mask_bands} bands are '
@@ -79,6 +62,43 @@ class AudioTowerConfig:
   @property
   def window_samples(self) -> int:
     return self.window_frames * self.mel.hop
+
+  def tower(self, rngs: nnx.Rngs) -> SpectrogramTower:
+    """The network of this kind, with fresh parameters."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerTowerConfig(SpectrogramConfig):
+  """Sizes of the Audio Spectrogram Transformer.
+
+  Attributes:
+    patch_frames, patch_bands, stride_frames, stride_bands: a patch, and the distance between patches; AST has
+      16 x 16 patches every 10 frames and 10 bands.
+    class_tokens: learned tokens before the patches whose average is the output; 1 in MuLan, 2 in AST (class
+      and distillation token), 0 for the mean over the patches.
+  """
+
+  patch_frames: int
+  patch_bands: int
+  stride_frames: int
+  stride_bands: int
+  width: int
+  depth: int
+  heads: int
+  mlp_width: int
+  class_tokens: int = 1
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    if min(self.time_patches, self.band_patches) < 1:
+      raise ValueError(
+          f'MuLan audio tower: patches of {self.patch_frames} frames x {self.patch_bands} bands do not fit '
+          f'in a window of {self.window_frames} frames x {self.mel.bands} bands')
+
+  def tower(self, rngs: nnx.Rngs) -> TransformerTower:
+    return TransformerTower(self, rngs=rngs)
 
   @property
   def time_patches(self) -> int:
@@ -100,7 +120,7 @@ class AudioTowerConfig:
         dropout=self.dropout, remat=self.remat)
 
 
-def patches(x_BxFxM: jax.Array, config: AudioTowerConfig) -> jax.Array:
+def patches(x_BxFxM: jax.Array, config: TransformerTowerConfig) -> jax.Array:
   """Overlapping patches, [B, S * T, P]: bands change slowest, as in AST; within a patch, frames do."""
   # A gather by constant indices; nothing upstream is trained, so its (slow) transpose is never needed.
   frames_TxP = _windows(config.time_patches, config.patch_frames, config.stride_frames)
@@ -113,7 +133,7 @@ def _windows(count: int, size: int, stride: int) -> np.ndarray:
   return np.arange(count)[:, None] * stride + np.arange(size)
 
 
-def mask_spectrogram(x_BxFxM: jax.Array, keys_B: jax.Array, config: AudioTowerConfig) -> jax.Array:
+def mask_spectrogram(x_BxFxM: jax.Array, keys_B: jax.Array, config: SpectrogramConfig) -> jax.Array:
   """SpecAugment without time warping (arXiv 1904.08779, section 2): masked values become 0, the mean.
 
   Each mask has a width drawn from 0 to the widest, inclusive, and a place drawn over all that fit.
@@ -136,17 +156,15 @@ def mask_spectrogram(x_BxFxM: jax.Array, keys_B: jax.Array, config: AudioTowerCo
   return jax.vmap(one)(x_BxFxM, keys_B)
 
 
-class AudioTower(nnx.Module):
+class SpectrogramTower(nnx.Module):
   """Windows of audio -> one vector each, before the projection into the joint space."""
 
-  def __init__(self, config: AudioTowerConfig, *, rngs: nnx.Rngs):
-    self.config = config
-    size = config.patch_frames * config.patch_bands
-    self.patch = Linear(size, config.width, axes=(None, 'embed'), bias=True, rngs=rngs)
-    draw = lambda rows: POSITION_DEVIATION * jax.random.normal(rngs.params(), (rows, config.width))
-    self.class_token = nnx.Param(draw(config.class_tokens), axes=(None, 'embed'))
-    self.position = nnx.Param(draw(config.tokens), axes=(None, 'embed'))
-    self.transformer = Transformer(config.transformer, rngs=rngs)
+  config: SpectrogramConfig
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """In which it computes."""
+    raise NotImplementedError
 
   def __call__(
       self, audio_BxN: jax.Array, length_B: jax.Array | None = None, keys_B: jax.Array | None = None,
@@ -176,6 +194,28 @@ class AudioTower(nnx.Module):
       self, mel_BxFxM: jax.Array, length_B: jax.Array | None = None, keys_B: jax.Array | None = None,
   ) -> jax.Array:
     """As `__call__`, from the normalised log-mel spectrogram [B, window_frames, bands]."""
+    raise NotImplementedError
+
+
+class TransformerTower(SpectrogramTower):
+  """The Audio Spectrogram Transformer."""
+
+  def __init__(self, config: TransformerTowerConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    size = config.patch_frames * config.patch_bands
+    self.patch = Linear(size, config.width, axes=(None, 'embed'), bias=True, rngs=rngs)
+    draw = lambda rows: POSITION_DEVIATION * jax.random.normal(rngs.params(), (rows, config.width))
+    self.class_token = nnx.Param(draw(config.class_tokens), axes=(None, 'embed'))
+    self.position = nnx.Param(draw(config.tokens), axes=(None, 'embed'))
+    self.transformer = Transformer(config.transformer, rngs=rngs)
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.position[...].dtype
+
+  def from_spectrogram(
+      self, mel_BxFxM: jax.Array, length_B: jax.Array | None = None, keys_B: jax.Array | None = None,
+  ) -> jax.Array:
     config = self.config
     position_LxD = self.position[...]
     x_BxLxD = self.patch(patches(mel_BxFxM.astype(position_LxD.dtype), config))

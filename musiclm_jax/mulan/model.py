@@ -12,7 +12,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from musiclm_jax.mulan.audio_tower import AudioTower, AudioTowerConfig
+from musiclm_jax.mulan.audio_tower import SpectrogramConfig
 from musiclm_jax.mulan.text_tower import TextTower, TextTowerConfig
 from musiclm_jax.nn.transformer import Linear
 
@@ -26,6 +26,7 @@ class MuLanConfig:
   """Both towers and the joint space.
 
   Attributes:
+    audio: a `TransformerTowerConfig` or a `ResNetTowerConfig`.
     embedding: E; 128 in the paper.
     temperature: the initial temperature of the contrastive loss (trained as its logarithm); 0.1 in the paper.
     hop_seconds: distance between the windows of audio that is longer than one; 1 s in MusicLM
@@ -33,7 +34,7 @@ class MuLanConfig:
     vocabulary: the file of the text tokenizer, or "builtin"; it travels with each checkpoint.
   """
 
-  audio: AudioTowerConfig
+  audio: SpectrogramConfig
   text: TextTowerConfig
   embedding: int = 128
   temperature: float = 0.1
@@ -67,7 +68,7 @@ class MuLan(nnx.Module):
 
   def __init__(self, config: MuLanConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.audio = AudioTower(config.audio, rngs=rngs)
+    self.audio = config.audio.tower(rngs)
     self.text = TextTower(config.text, rngs=rngs)
     self.audio_projection = Linear(config.audio.width, config.embedding, axes=('embed', None), rngs=rngs)
     self.text_projection = Linear(config.text.width, config.embedding, axes=('embed', None), rngs=rngs)
@@ -80,14 +81,14 @@ class MuLan(nnx.Module):
   def embed_window(
       self, audio_BxN: jax.Array, length_B: jax.Array | None = None, keys_B: jax.Array | None = None,
   ) -> jax.Array:
-    """Embeddings [B, E], float32, of clips of at most one window; arguments as in `AudioTower.__call__`."""
+    """Embeddings [B, E], float32, of clips of at most one window; arguments as in `SpectrogramTower.__call__`."""
     missing = self.config.audio.window_samples - audio_BxN.shape[1]
     if missing > 0:
       if length_B is None:
         length_B = jnp.full(audio_BxN.shape[:1], audio_BxN.shape[1], jnp.int32)
       audio_BxN = jnp.pad(audio_BxN, ((0, 0), (0, missing)))
     x_BxD = self.audio(audio_BxN, length_B, keys_B)
-    return unit(self.audio_projection(x_BxD.astype(self.audio.position[...].dtype)))
+    return unit(self.audio_projection(x_BxD.astype(self.audio.dtype)))
 
   def embed_audio(self, audio_BxN: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
     """Embeddings [B, E] of length 1, float32, of clips of any length.

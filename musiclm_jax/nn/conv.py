@@ -164,17 +164,20 @@ class Conv1d(nnx.Module):
 
 
 class Conv2d(nnx.Module):
-  """A centred convolution over [B, T, F, C]: ceil(T / stride) by ceil(F / stride) outputs."""
+  """A centred convolution over [B, T, F, C]: ceil(T / stride) by ceil(F / stride) outputs.
+
+  `padding` may also be zeros before and after, of T and of F.
+  """
 
   def __init__(
       self, in_width: int, out_width: int, kernel: tuple[int, int], *, stride: tuple[int, int] = (1, 1),
-      padding: str = 'SAME', rngs: nnx.Rngs):
+      padding: str | tuple[tuple[int, int], tuple[int, int]] = 'SAME', bias: bool = True, rngs: nnx.Rngs):
     self.stride, self.padding = tuple(stride), padding
     self.w = _kernel((*kernel, in_width, out_width), rngs, kernel[0] * kernel[1] * in_width)
-    self.b = _bias(out_width)
+    self.b = _bias(out_width) if bias else None
 
   def __call__(self, x_BxTxFxC: jax.Array) -> jax.Array:
     w = self.w[...]
     y = jax.lax.conv_general_dilated(
         x_BxTxFxC.astype(w.dtype), w, self.stride, self.padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    return y + self.b[...]
+    return y if self.b is None else y + self.b[...]

@@ -7,7 +7,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from musiclm_jax.mulan.audio_tower import AudioTowerConfig
+from musiclm_jax.mulan.audio_tower import TransformerTowerConfig
 from musiclm_jax.mulan.model import MuLan, MuLanConfig
 from musiclm_jax.mulan.text_tower import TextTowerConfig
 from musiclm_jax.nn.spectral import MelConfig
@@ -15,7 +15,7 @@ from musiclm_jax.nn.spectral import MelConfig
 
 def config(audio: dict | None = None, text: dict | None = None, **fields) -> MuLanConfig:
   mel = MelConfig(window=480, hop=480, bands=12)
-  audio_config = AudioTowerConfig(
+  audio_config = TransformerTowerConfig(
       mel=mel, seconds=0.4, patch_frames=5, patch_bands=8, stride_frames=3, stride_bands=4, width=16, depth=2,
       heads=2, mlp_width=32)
   text_config = TextTowerConfig(vocab_size=50, length=7, width=16, depth=2, heads=2, mlp_width=32)

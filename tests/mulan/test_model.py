@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from musiclm_jax.mulan.audio_tower import AudioTowerConfig, mask_spectrogram, patches
+from musiclm_jax.mulan.audio_tower import TransformerTowerConfig, mask_spectrogram, patches
 from musiclm_jax.mulan.model import MuLan, MuLanConfig
 from musiclm_jax.mulan.objective import MuLanTraining
 from musiclm_jax.mulan.text_tower import TextTower, TextTowerConfig
@@ -173,7 +173,7 @@ def test_paper_size_parameter_counts():
   expected = 30522 * 768 + 512 * 768 + 2 * 768 + 12 * _block(768, 3072)
   assert configs.parameters(tower) == expected == 108_891_648 - 2 * 768
   # AST with 128 bands, 1024 frames, 16 x 16 patches every 10, class and distillation token: 86,187,264.
-  audio = AudioTowerConfig(
+  audio = TransformerTowerConfig(
       mel=MelConfig(window=600, hop=240, bands=128, fft_size=2048), seconds=10.24, patch_frames=16,
       patch_bands=16, stride_frames=10, stride_bands=10, width=768, depth=12, heads=12, mlp_width=3072,
       class_tokens=2)

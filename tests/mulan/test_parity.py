@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from musiclm_jax.mulan.audio_tower import AudioTower
+from musiclm_jax.mulan.audio_tower import TransformerTower
 from musiclm_jax.mulan.text_tower import TextTower
 from tests.mulan import configs
 
@@ -78,7 +78,7 @@ def test_audio_tower_is_the_audio_spectrogram_transformer():
       intermediate_size=cfg.mlp_width, patch_size=6, frequency_stride=cfg.stride_bands,
       time_stride=cfg.stride_frames, max_length=cfg.window_frames, num_mel_bins=cfg.mel.bands)).eval()
   _randomise(torch, reference)
-  tower = AudioTower(cfg, rngs=nnx.Rngs(0))
+  tower = TransformerTower(cfg, rngs=nnx.Rngs(0))
   e = reference.embeddings
   tower.class_token[...] = torch.cat([e.cls_token, e.distillation_token], dim=1)[0].detach().numpy()
   tower.position[...] = e.position_embeddings[0].detach().numpy()

@@ -1,0 +1,53 @@
+"""MuLan's overlays: every line is read, sizes are what is said of them, and a small one trains and embeds."""
+from __future__ import annotations
+
+import json
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from musiclm_jax import config
+from musiclm_jax.mulan.resnet import ResNetTowerConfig
+from tests.mulan import configs
+from tests.test_gin_files import _unused
+
+SMALL = {'resnet.ResNetTowerConfig.channels': '4', 'resnet.ResNetTowerConfig.blocks': '(1, 1)',
+         'resnet.ResNetTowerConfig.groups': '2', 'MULAN_BATCH': '8', 'MULAN_CHUNKS': '2', 'MULAN_MEL_BANDS': '16',
+         'MULAN_MEL_FFT': '0', 'MULAN_BAND_MASK_BANDS': '4', 'MULAN_STEPS': '2', 'MULAN_DECAY_STEPS': '1000'}
+
+
+def experiment(name: str, size: str = 'paper', **macros) -> config.Experiment:
+  files = [f'experiments/{name}.gin', f'size/{size}.gin', 'mulan/resnet50.gin']
+  given = list(macros.items())
+  try:
+    return config.load_experiment(files, given, provided=('workdir', 'dry_run'))
+  except config.MissingValues as missing:
+    return config.load_experiment(
+        files, [*given, *((m, 'somewhere') for m in missing.names)], provided=('workdir', 'dry_run'))
+
+
+@pytest.mark.parametrize('name', ['mulan', 'mulan_tokens'])
+def test_resnet_50_is_read_by_training_and_tokens(name):
+  objective = experiment(name).argument('objective')
+  assert isinstance(objective.mulan.audio, ResNetTowerConfig) and objective.mulan.audio.mel.bands == 64
+  model = nnx.eval_shape(lambda: objective.model(nnx.Rngs(0)))
+  audio = model.audio if name == 'mulan' else model.encoder.audio
+  assert configs.parameters(audio) == 23_501_760
+
+
+def test_every_line_is_used():
+  assert not _unused('mulan/resnet50', [experiment('mulan'), experiment('mulan_tokens')])
+
+
+def test_a_small_one_trains(tmp_path):
+  loaded = experiment('mulan', 'nano', LOG_EVERY='1', **{'partition.Partitioner.data': '1'}, **SMALL)
+  loaded.build(workdir=str(tmp_path), dry_run=False)
+  rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert rows and all(np.isfinite(row['loss']) for row in rows)
+  from musiclm_jax.training import checkpoint
+  model = checkpoint.load(tmp_path).model
+  window = model.config.audio.window_samples
+  clips = np.random.default_rng(0).normal(0, 0.1, (2, 2 * window)).astype(np.float32)
+  np.testing.assert_allclose(np.linalg.norm(jax.jit(model.embed_audio)(clips), axis=1), 1, rtol=1e-4)
