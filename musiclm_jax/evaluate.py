@@ -25,8 +25,8 @@ from musiclm_jax.cascade import Cascade
 from musiclm_jax.data import composer, records
 from musiclm_jax.data.batches import AudioBatches, TokenBatches
 from musiclm_jax.evaluation import (
-    audio_measures, codec_figures, generation_figures, judge as judges, mulan_figures, pictures, probes, report,
-    semantic_figures, stage_figures, statistics)
+    audio_measures, codec_figures, generation_figures, judge as judges, language, mulan_figures, pictures, probes,
+    report, semantic_figures, stage_figures, statistics)
 from musiclm_jax.evaluation.batched import in_batches
 from musiclm_jax.evaluation.report import Clip, Players
 from musiclm_jax.generate import pipeline
@@ -34,6 +34,11 @@ from musiclm_jax.training import checkpoint
 
 # Where a quickstart keeps what is not a trained network.
 RECORDS, PAIRS, TOKENS, BASELINES = 'records', 'pairs', 'tokens', 'baselines'
+
+
+# Facts of the built-in music that are asked for as tags, and what says that a part is there.
+_TAGS = ('lead', 'drums', 'tempo')
+_PRESENT = {'drums': ('drums', 'percussion'), 'bass': ('bass', 'bass line')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +233,36 @@ class _Measure:
       oracle = statistics.attribute_agreement(read, [e['attributes'] for e in examples])
     figures = mulan_figures.mulan_figures(audio_NxE, text_NxE, tokens=tokens, unknown_text_NxE=unknown,
                                           oracle_NxN=oracle, seed=self.seed)
+    if self.held_out_pairs[1][0].get('attributes'):
+      figures |= self._words(audio_NxE)
     return {**figures, 'hash': loaded.content_hash}, []
+
+  def _words(self, audio_NxE: np.ndarray) -> dict[str, Any]:
+    """What single words mean to MuLan, by the facts of the built-in music: tags, "no", and what comes first."""
+    model = self.cascade.part('mulan').model
+    clips_NxT, examples = self.held_out_pairs
+    facts = [e['attributes'] for e in examples]
+    embed = lambda texts: mulan_figures.embed_texts(model, self.ids(list(texts)))
+    middle = lambda texts: embed(texts).mean(axis=0)
+    tags = [(name, value) for name in _TAGS for value in composer.words(name)]
+    labels_NxT = np.array([[fact.get(name) == value for name, value in tags] for fact in facts])
+    tag_TxE = np.stack([middle(composer.words(name)[value]) for name, value in tags])
+    figures: dict[str, Any] = {'zero_shot': language.zero_shot_figures(
+        audio_NxE, tag_TxE, labels_NxT, [f'{name} {value}' for name, value in tags])}
+    has = {name: np.array([fact[name] != 'none' for fact in facts]) for name in _PRESENT}
+    figures['negation'] = {
+        name: language.negation_figures(audio_NxE, middle(said), middle(composer.words(name)['none']), has[name])
+        for name, said in _PRESENT.items() if 0 < has[name].sum() < len(facts)}
+    pairs = [(i, i + 1) for i in range(len(facts) - 1) if len({f.get('lead', '') for f in facts[i:i + 2]} - {''}) == 2]
+    if not pairs:
+      return figures
+    half = clips_NxT.shape[1] // 2
+    then = np.stack([np.concatenate([clips_NxT[i, :half], clips_NxT[j, :half]]) for i, j in pairs])
+    lead = lambda i: composer.words('lead')[facts[i]['lead']][0]
+    audio_MxE = in_batches(self.cascade.function('mulan', 'embed_audio'), then, batch_size=32)
+    figures['order'] = language.order_figures(audio_MxE, embed(f'{lead(i)}, then {lead(j)}' for i, j in pairs),
+                                              embed(f'{lead(j)}, then {lead(i)}' for i, j in pairs))
+    return figures
 
   # ---- semantic ----------------------------------------------------------------------------------------------------
 

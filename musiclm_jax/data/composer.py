@@ -15,13 +15,13 @@ from musiclm_jax.data.composer_score import (
     MODES, Note, REGISTERS, SAMPLE_RATE, Score, TEMPI, TICKS_PER_BEAT)
 from musiclm_jax.data.composer_synth import render
 from musiclm_jax.data.composer_texts import (
-    chatter, KINDS, phrases, read_attributes, SPLITS, templates, texts)
+    chatter, KINDS, phrases, read_attributes, SPLITS, templates, texts, words)
 
 __all__ = [
     'ATTRIBUTES', 'BASSES', 'CHORD_STYLES', 'Chord', 'Corpus', 'DENSITIES', 'DRUMS', 'DYNAMICS', 'KEYS',
     'KINDS', 'LEADS', 'METERS', 'MODES', 'Note', 'REGISTERS', 'SAMPLE_RATE', 'SPLITS', 'Score', 'TEMPI',
     'TICKS_PER_BEAT', 'attributes', 'chatter', 'compose', 'facts', 'phrases', 'read_attributes', 'render',
-    'templates', 'texts']
+    'templates', 'texts', 'words']
 
 # Raise whenever a score, a sound or a text changes: it is part of every corpus fingerprint.
 VERSION = 1

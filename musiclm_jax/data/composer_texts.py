@@ -257,6 +257,11 @@ def phrases(split: str) -> tuple[str, ...]:
   return tuple(p for values in WORDS.values() for words in values.values() for p in words[held_out])
 
 
+def words(attribute: str) -> dict[str, tuple[str, ...]]:
+  """The phrases that training texts have for each value of an attribute, without their articles, as tags have them."""
+  return {value: tuple(map(_bare, phrases_of[0])) for value, phrases_of in WORDS[attribute].items()}
+
+
 @functools.cache
 def _reader() -> tuple[re.Pattern, dict[str, tuple[str, str]]]:
   meaning = {}

@@ -91,6 +91,15 @@ _MULAN = (
         (('known words', 'mulan.recall_at_1'), ('chance', 'mulan.recall_at_1_chance')),
         'Descriptions with words that training never saw. Nothing trained from scratch can know them.',
         PERCENT),
+    Row('mulan.zero_shot.macro_auc', 'Tags by their words (area under ROC)', (('chance', 'mulan.zero_shot.auc_chance'),),
+        'How well the words of a lead, a drum style or a tempo find the clips that have it, averaged over the words.',
+        '{:.2f}'),
+    Row('mulan.negation.drums.accuracy', '"drums" or "no drums"', (('chance', 'mulan.negation.drums.chance'),),
+        'The right one of the two is nearer to the clip, with and without drums alike.', PERCENT),
+    Row('mulan.negation.bass.accuracy', '"bass" or "no bass"', (('chance', 'mulan.negation.bass.chance'),),
+        'The same for the bass.', PERCENT),
+    Row('mulan.order.accuracy', '"a flute, then brass"', (('chance', 'mulan.order.chance'),),
+        'Which of two instruments comes first: windows are averaged, so a clip cannot tell.', PERCENT),
 )
 _SEMANTIC = (
     Row('semantic.masked_cross_entropy', 'Masked prediction (nats)',
