@@ -1,13 +1,13 @@
 """The one trainer: `train` for everything with a gradient, `fit` for everything that is summed over a corpus."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
-from typing import Any
+from typing import Any, Protocol
 
 from absl import logging
 import jax
@@ -52,19 +52,59 @@ class Cadence:
                        'EVAL_BATCHES = None for no evaluation, TENSORBOARD = False for no clips')
 
 
+class Donation(Protocol):
+  """Parameters that have been read, and which they are."""
+
+  content_hash: str
+
+  def take_over(self, params: Any, buffers: Any) -> tuple[Any, Any]:
+    """Pure dicts with those that it has in their places. Raises ValueError where one is missing or does not fit."""
+
+
+class Donor(Protocol):
+  """Where parameters come from at the start of a run, if not from the seed.
+
+  Attributes:
+    into: the subtree of the model that they fill. frozen: whether they then stay as they are.
+  """
+
+  into: str
+  frozen: bool
+
+  def load(self) -> Donation:
+    """Reads them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class InitFrom:
-  """Parameters taken over from another run at the start of this one.
+  """Parameters taken over from another run.
 
   Attributes:
     workdir: of the other run. part: which of its subtrees ("encoder/layers"), "" for all of it.
-    into: the subtree of this model that they fill. frozen: whether they then stay as they are.
+    into, frozen: see `Donor`.
   """
 
   workdir: str
   part: str = ''
   into: str = ''
   frozen: bool = False
+
+  def load(self) -> Donation:
+    return _OfRun(checkpoint.load(self.workdir), self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfRun:
+  loaded: checkpoint.Loaded
+  source: InitFrom
+
+  @property
+  def content_hash(self) -> str:
+    return self.loaded.content_hash
+
+  def take_over(self, params: Any, buffers: Any) -> tuple[Any, Any]:
+    graft = functools.partial(checkpoint.graft, part=self.source.part, into=self.source.into)
+    return graft(params, self.loaded.params), graft(buffers, self.loaded.buffers) if self.loaded.buffers else buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +124,7 @@ class Precision:
 
 def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: str, num_steps: int,
           partitioner: Partitioner = Partitioner(), cadence: Cadence = Cadence(), precision: Precision = Precision(),
-          eval_batches: Batches | None = None, init_from: InitFrom | str | None = None, seed: int = 0,
+          eval_batches: Batches | None = None, init_from: Donor | str | Sequence[Donor] | None = None, seed: int = 0,
           data_processes: int = 0, stop_after: int | None = None, dry_run: bool = False, configuration: str = ''
           ) -> TrainState | None:
   """Runs, or resumes, `objective` until `num_steps` steps are done.
@@ -96,7 +136,7 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   Args:
     batches: a pure function of the step. eval_batches: likewise, for the held-out metrics.
     optimizer: an `optimizer.Adam`, an optax transformation, or a mapping from group to either.
-    init_from: a workdir stands for all of its parameters.
+    init_from: a workdir stands for all of its parameters. Of several donors each has its turn, in order.
     data_processes: processes that prepare batches ahead; 0 is a thread of this one, enough where batches are read and
       not computed.
     stop_after: ends early, with a checkpoint, after this step; the schedule does not change.
@@ -107,8 +147,6 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   `metrics.NonFiniteLoss` where the loss of a step, or more gradients in succession than may be, are not finite,
   `workdir.Stopped` after SIGTERM or Ctrl-C, with a checkpoint of the step that was running.
   """
-  if isinstance(init_from, str):
-    init_from = InitFrom(init_from)
   if cadence.tensorboard:
     tensorboard.check_installed()
   run = _Run(objective, optimizer, workdir, partitioner, precision, init_from, seed, data_processes)
@@ -133,10 +171,13 @@ class _Run:
   def __init__(self, objective, optimizer, workdir, partitioner, precision, init_from, seed, data_processes=0):
     self.data_processes = data_processes
     self.objective, self.workdir, self.partitioner = objective, workdir, partitioner
-    self.init_from, self.seed = init_from, seed
+    init_from = InitFrom(init_from) if isinstance(init_from, str) else init_from
+    self.donors = (() if init_from is None else tuple(init_from) if isinstance(init_from, (list, tuple)) else
+                   (init_from,))
+    self.seed = seed
     self.skeleton = Skeleton.of(objective)
     self.init_key, self.run_key = jax.random.split(jax.random.key(seed))
-    frozen = (init_from.into,) if init_from is not None and init_from.frozen else ()
+    frozen = tuple(donor.into for donor in self.donors if donor.frozen)
     abstract_params = states.nnx.to_pure_dict(self.skeleton.params)
     self.optimizer = optimizers.by_group(objective, abstract_params, optimizer, frozen)
     self.create = lambda key: states.create(objective, self.optimizer, key, keep_ema=precision.ema_decay > 0)
@@ -163,19 +204,16 @@ class _Run:
     return jax.tree.map(lambda x: x[:clips], media)
 
   @functools.cached_property
-  def donor(self) -> checkpoint.Loaded | None:
-    """The other run that parameters are taken over from."""
-    return None if self.init_from is None else checkpoint.load(self.init_from.workdir)
+  def donations(self) -> tuple[Donation, ...]:
+    return tuple(donor.load() for donor in self.donors)
 
   def donor_lineage(self) -> dict[str, str]:
-    """Which other run the parameters came from. What that run has done since does not concern one that has begun."""
-    if self.init_from is None:
-      return {}
-    role = self.init_from.into or 'init'
-    if checkpoint.latest_step(self.workdir) is not None:
+    """Where the parameters came from. What a donor has done since does not concern a run that has begun."""
+    roles = [donor.into or 'init' for donor in self.donors]
+    if roles and checkpoint.latest_step(self.workdir) is not None:
       there = checkpoint.read_about(self.workdir)['lineage']
-      return {role: there[role]} if role in there else {}
-    return {role: self.donor.content_hash}
+      return {role: there[role] for role in roles if role in there}
+    return {role: donation.content_hash for role, donation in zip(roles, self.donations)}
 
   def save(self, state: TrainState, checkpoints: checkpoint.Checkpoints) -> None:
     """Saves a state that is fit to be saved: finite, and the same on all devices that hold copies."""
@@ -242,7 +280,7 @@ class _Run:
     state = self._restored(checkpoints)
     if state is None:
       state = self._created(batches)
-    self.__dict__.pop('donor', None)  # what was taken from it is a copy: the rest need not stay in memory
+    self.__dict__.pop('donations', None)  # what was taken from them are copies: the rest need not stay in memory
     if self.configuration and jax.process_index() == 0:  # not before: a run that is refused leaves the file as it was
       partial = pathlib.Path(self.workdir, 'config.gin.partial')
       partial.write_text(self.configuration)
@@ -264,13 +302,11 @@ class _Run:
     return self._take_over(self._data_dependent_start(state, batches))
 
   def _take_over(self, state: TrainState) -> TrainState:
-    source, loaded = self.init_from, self.donor
-    if loaded is None:
+    if not self.donors:
       return state
-    params = checkpoint.graft(state.params, loaded.params, part=source.part, into=source.into)
-    buffers = state.buffers
-    if loaded.buffers:
-      buffers = checkpoint.graft(buffers, loaded.buffers, part=source.part, into=source.into)
+    params, buffers = state.params, state.buffers
+    for donation in self.donations:
+      params, buffers = donation.take_over(params, buffers)
     taken = dataclasses.replace(state, params=params, buffers=buffers, ema=params if state.ema else {})
     return jax.tree.map(_laid_out, taken, self.shardings)
 
@@ -282,9 +318,9 @@ class _Run:
     return start(state, batch, jax.random.fold_in(self.init_key, 1))
 
 
-def _laid_out(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-  """A copy with this layout. What comes from another run lies on one device of each process."""
-  if x.sharding.is_equivalent_to(sharding, x.ndim):
+def _laid_out(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """A copy with this layout. What comes from a donor lies on one device of each process, or on the host."""
+  if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
     return jnp.copy(x)
   host = np.asarray(x)
   return jax.make_array_from_callback(x.shape, sharding, lambda index: host[index])
@@ -397,7 +433,7 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
   if dry_run:
     print(run.describe(batches, passes))
     return None
-  lineage = {init_from.into: run.donor.content_hash}
+  lineage = {init_from.into: run.donations[0].content_hash}
   with Interruption() as interruption, run.begun(batches, lineage, configuration) as checkpoints:
     state = run.restore_or_create(checkpoints, batches)
     if int(state.step) < passes:

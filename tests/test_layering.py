@@ -50,7 +50,7 @@ LAYERS = {
 # Whatever else there is (train, extract, generate/, ...) stands at the top: it may use everything below, and
 # the others there.
 OTHERS = {path.stem for path in PACKAGE.iterdir()} - set(LAYERS)
-TOP = Layer(NUMERIC | {'absl', 'jinja2', 'matplotlib', 'rich', 'soundfile', 'soxr'},
+TOP = Layer(NUMERIC | {'absl', 'jinja2', 'matplotlib', 'rich', 'safetensors', 'soundfile', 'soxr'},
             BELOW | OTHERS | {'evaluation', 'export', '__init__'})
 # Files with an allowance of their own.
 TENSORFLOW_FILES = {'data/seqio_source.py'}

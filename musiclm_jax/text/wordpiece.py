@@ -44,6 +44,11 @@ class WordPiece:
   def size(self) -> int:
     return len(self._pieces)
 
+  def id_of(self, piece: str) -> int:
+    if piece not in self._ids:
+      raise ValueError(f'this WordPiece vocabulary has no {piece}')
+    return self._ids[piece]
+
   def encode(self, text: str) -> list[int]:
     return [i for word in self._words(text) for i in self._of_word(word)]
 
