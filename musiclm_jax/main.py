@@ -1,4 +1,4 @@
-"""The `musiclm` command: prepare, vocabulary, train, extract, data, codec, generate, evaluate, reproduce, quickstart.
+"""The `musiclm` command: its verbs and their flags.
 
 Each verb imports what it needs when it runs, so that `--help` is instant and a verb works without the
 packages of the others. A user's mistake is one line on stderr: exit code 2 for the command line and the
@@ -210,6 +210,13 @@ def codec(args: argparse.Namespace) -> None:
   print(run(args.input, args.output, **_given(args, 'levels')).text())
 
 
+def mulan(args: argparse.Namespace) -> None:
+  _existing(args.mulan, '--mulan')
+  _existing(args.audio_dir, '--audio_dir')
+  print(_late('search', 'search')(args.mulan, args.audio_dir, args.query, progress=_progress,
+                                  **_given(args, 'index', 'top')).text())
+
+
 def reproduce(args: argparse.Namespace) -> None:
   _existing(args.run_dir, 'reproduce')
   result = _late('reproduce', 'reproduce')(args.run_dir, args.workdir, allow=args.allow_import, **_given(args, 'steps'))
@@ -368,6 +375,22 @@ examples:
   p.add_argument('--denoise', action='store_true', help='take noise out, with a codec that was trained for it')
 
 
+def _add_mulan(verb: Callable[..., _Parser]) -> None:
+  p = verb('mulan', mulan, 'find music by words, with a trained MuLan', '''
+actions:
+  search       the recordings of a folder whose best clip is nearest to a text; their embeddings are kept in an index
+
+example:
+  musiclm mulan search "warm strings, no drums" --audio_dir ~/music --mulan runs/mulan
+''')
+  p.add_argument('action', metavar='ACTION', choices=('search',), help='search')
+  p.add_argument('query', metavar='TEXT')
+  p.add_argument('--mulan', metavar='DIR', required=True, help='the run of a trained MuLan')
+  p.add_argument('--audio_dir', metavar='DIR', required=True, help='wav, flac, mp3, ogg files, at any depth')
+  p.add_argument('--index', metavar='FILE', help='where the embeddings are kept; in the run if not given')
+  p.add_argument('--top', metavar='N', type=_positive(int), help='recordings shown; 10 by default')
+
+
 def _add_reproduce(verb: Callable[..., _Parser]) -> None:
   p = verb('reproduce', reproduce, 'run a finished run again and compare, bit for bit', '''
 example:
@@ -436,8 +459,8 @@ start here:
     p.set_defaults(run=run)
     return p
 
-  for add in (_add_prepare, _add_vocabulary, _add_train, _add_extract, _add_data, _add_codec, _add_generate,
-              _add_evaluate, _add_reproduce, _add_quickstart):
+  for add in (_add_prepare, _add_vocabulary, _add_train, _add_extract, _add_data, _add_codec, _add_mulan,
+              _add_generate, _add_evaluate, _add_reproduce, _add_quickstart):
     add(verb)
   return parser
 
@@ -460,7 +483,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   rest, bindings = _split_bindings(argv)
   args = _parser().parse_args(rest)
   if args.verb is None:
-    raise UsageError('no verb: prepare, vocabulary, train, extract, data, codec, generate, evaluate, reproduce, '
+    raise UsageError('no verb: prepare, vocabulary, train, extract, data, codec, mulan, generate, evaluate, reproduce, '
                      'quickstart (see musiclm --help)')
   if bindings and args.verb != 'train':
     raise UsageError(f'--gin.{bindings[0][0]} belongs to `musiclm train`')

@@ -247,7 +247,8 @@ def test_a_fault_of_the_program_keeps_its_traceback(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'verb', ['prepare', 'vocabulary', 'train', 'extract', 'data', 'generate', 'evaluate', 'reproduce', 'quickstart'])
+    'verb', ['prepare', 'vocabulary', 'train', 'extract', 'data', 'codec', 'mulan', 'generate', 'evaluate',
+             'reproduce', 'quickstart'])
 def test_every_verb_explains_itself(capsys, verb):
   with pytest.raises(SystemExit) as stopped:
     main.main([verb, '--help'])
