@@ -242,19 +242,28 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-  if bool(args.workdir) == bool(args.codec) or bool(args.codec) != bool(args.audio_dir):
-    raise UsageError('give either --workdir (a set of trained runs), or --codec and --audio_dir (a codec, any music)')
-  for name in ('workdir', 'codec', 'audio_dir'):
+  if sum(map(bool, (args.workdir, args.codec, args.mulan))) != 1 or bool(args.workdir) == bool(args.audio_dir):
+    raise UsageError('give either --workdir (a set of trained runs), or --codec or --mulan, and --audio_dir (any music)')
+  for name in ('workdir', 'codec', 'mulan', 'audio_dir', 'captions', 'tag_names'):
     if getattr(args, name):
       _existing(getattr(args, name), f'--{name}')
+  for path in args.tags or ():
+    _existing(path, '--tags')
+  if args.max_seconds and args.workdir:
+    raise UsageError('--max_seconds belongs to --audio_dir')
+  of_texts = ('tags', 'tag_names', 'captions', 'caption_column')
+  if not args.mulan and (given := _given(args, *of_texts)):
+    raise UsageError(f'--{next(iter(given))} belongs to --mulan')
   if args.workdir:
-    if args.max_seconds:
-      raise UsageError('--max_seconds belongs to --audio_dir')
     _late('evaluate', 'evaluate')(args.workdir, **_given(args, 'output', 'seed'))
-    return
-  run = _late('evaluate_codec', 'evaluate_codec')
-  print(run(args.codec, args.audio_dir, args.output or args.codec, progress=_progress,
-            **_given(args, 'max_seconds', 'seed')).text())
+  elif args.codec:
+    print(_late('evaluate_codec', 'evaluate_codec')(
+        args.codec, args.audio_dir, args.output or args.codec, progress=_progress,
+        **_given(args, 'max_seconds', 'seed')).text())
+  else:
+    print(_late('evaluate_mulan', 'evaluate_mulan')(
+        args.mulan, args.audio_dir, args.output or args.mulan, progress=_progress,
+        **_given(args, 'max_seconds', *of_texts)).text())
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -417,15 +426,23 @@ example:
 
 
 def _add_evaluate(verb: Callable[..., _Parser]) -> None:
-  p = verb('evaluate', evaluate, 'measure a set of trained runs and write a report, or a codec on any music', '''
+  p = verb('evaluate', evaluate, 'measure a set of trained runs and write a report, or one network on any music', '''
 examples:
   musiclm evaluate --workdir runs --output runs/report
   musiclm evaluate --codec runs/codec --audio_dir ~/music --output runs/codec_on_my_music
+  musiclm evaluate --mulan runs/mulan --audio_dir ~/music --captions captions.csv
+  musiclm evaluate --mulan runs/mulan --audio_dir magnatagatune --tags annotations_final.csv
 ''')
   p.add_argument('--workdir', metavar='DIR', help='the folder that holds the trained runs')
   p.add_argument('--codec', metavar='DIR', help='the run of a trained codec: each number of levels, beside Opus')
-  p.add_argument('--audio_dir', metavar='DIR', help='with --codec: wav, flac, mp3, ogg files, at any depth')
-  p.add_argument('--max_seconds', metavar='S', type=_positive(float), help='with --codec: of each recording')
+  p.add_argument('--mulan', metavar='DIR', help='the run of a trained MuLan: tags, playlists, captions')
+  p.add_argument('--audio_dir', metavar='DIR', help='with these: wav, flac, mp3, ogg files, at any depth')
+  p.add_argument('--max_seconds', metavar='S', type=_positive(float), help='with these: of each recording')
+  p.add_argument('--tags', metavar='FILE', nargs='+',
+                 help='with --mulan: MagnaTagATune, AudioSet, a table with "file" and "tags", or .m3u playlists')
+  p.add_argument('--tag_names', metavar='FILE', help="with --mulan: AudioSet's class_labels_indices.csv")
+  p.add_argument('--captions', metavar='FILE', help='with --mulan: CSV, TSV or JSON lines: file name and text')
+  p.add_argument('--caption_column', metavar='NAME', help='with --mulan: the column that holds the text')
   p.add_argument('--output', metavar='DIR', help='where the report goes; the workdir, or the run, if not given')
   p.add_argument('--seed', metavar='N', type=int)
 

@@ -1,0 +1,101 @@
+"""A MuLan on a folder with tags, playlists or captions: figures are those of the embeddings."""
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from musiclm_jax import evaluate_mulan as evaluation, main, search
+from musiclm_jax.data import composer
+from musiclm_jax.evaluation import language
+from musiclm_jax.mulan.model import VOCABULARY_ASSET
+from musiclm_jax.text.tokenizer import Tokenizer
+from tests.trainings import experiment
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('runs') / 'mulan'
+  experiment('mulan', NUM_STEPS=0, **{'partition.Partitioner.data': 1}).build(workdir=str(folder), dry_run=False)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  music = tmp_path_factory.mktemp('music')
+  for i in range(6):
+    audio = np.asarray(composer.Corpus(first=i, size=1, seconds=1.0 + 0.4 * i)[0]['audio'])
+    soundfile.write(music / f'{i}.wav', audio, 24000, subtype='FLOAT')
+  soundfile.write(music / 'silent.wav', np.zeros(48000), 24000)
+  return music
+
+
+TAGS = {'0': ['slow', 'flute'], '1': ['slow'], '2': ['flute'], '3': [], '4': ['slow', 'never heard'], '5': ['flute']}
+
+
+def test_zero_shot_tags_by_hand(run, folder, tmp_path):
+  table = tmp_path / 'tags.csv'
+  table.write_text('file,tags\n' + ''.join(f'{name}.wav,"{",".join(tags)}"\n' for name, tags in TAGS.items()))
+  result = evaluation.evaluate_mulan(run, folder, tmp_path / 'out', tags=[table])
+  loaded = search.load(run)
+  model, tokenizer = loaded.model, Tokenizer(loaded.assets[VOCABULARY_ASSET])
+  embed = jax.jit(model.embed_audio)
+  audio = np.concatenate([embed(soundfile.read(folder / f'{i}.wav', dtype='float32')[0][None]) for i in range(6)])
+  tags = ('slow', 'flute', 'never heard')
+  text = np.asarray(model.embed_text(tokenizer.encode_batch(tags, model.config.text.length)))
+  labels = np.array([[tag in TAGS[str(i)] for tag in tags] for i in range(6)])
+  expected = language.zero_shot_figures(audio, text, labels, tags)
+  found = json.loads((tmp_path / 'out' / 'mulan.json').read_text())
+  assert found['zero_shot']['macro_auc'] == pytest.approx(expected['macro_auc'])
+  assert found['zero_shot']['tags'] == expected['tags']
+  assert 'linear_probe' not in found and any('no linear probe' in note for note in found['notes'])
+  assert found['skipped'] == {'silent': ['silent.wav']}
+  assert f'{expected["macro_auc"]:.3f}' in result.text()
+
+
+def test_a_collection_with_a_split_is_fitted_and_measured_on_it(run, folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(evaluation, '_LEAST_TO_FIT', 2)
+  for i, name in enumerate(('0', '1', 'a', 'd', 'e', 'f')):
+    (tmp_path / 'mtat' / name).mkdir(parents=True)
+    (tmp_path / 'mtat' / name / 'x.wav').write_bytes((folder / f'{i}.wav').read_bytes())
+  rows = '\n'.join(f'"{i}"\t"{i % 2}"\t"{name}/x.wav"' for i, name in enumerate(('0', '1', 'a', 'd', 'e', 'f')))
+  (tmp_path / 'annotations_final.csv').write_text('"clip_id"\t"flute"\t"mp3_path"\n' + rows + '\n')
+  figures = evaluation.evaluate_mulan(
+      run, tmp_path / 'mtat', tmp_path / 'out', tags=[tmp_path / 'annotations_final.csv']).figures
+  assert figures['layout'] == 'magnatagatune' and figures['recordings'] == 6
+  assert figures['zero_shot']['clips'] == figures['linear_probe']['clips'] == 3
+
+
+def test_playlists_are_found_by_their_titles(run, folder, tmp_path):
+  (tmp_path / 'slow.m3u').write_text('0.wav\n1.wav\n')
+  (tmp_path / 'fast.m3u').write_text('#PLAYLIST:fast ones\n3.wav\n4.wav\n')
+  figures = evaluation.evaluate_mulan(
+      run, folder, tmp_path, tags=[tmp_path / 'slow.m3u', tmp_path / 'fast.m3u']).figures
+  assert set(figures['zero_shot']['tags']) == {'slow', 'fast ones'}
+  assert {'recall_at_1', 'map', 'median_rank'} <= set(figures['by_title'])
+
+
+def test_captions_find_their_recordings(run, folder, tmp_path):
+  (tmp_path / 'captions.csv').write_text('file,caption\n0.wav,a slow flute\n1.wav,loud drums\n2.wav,loud drums\n')
+  figures = evaluation.evaluate_mulan(run, folder, tmp_path, captions=tmp_path / 'captions.csv').figures
+  assert figures['captions']['recordings'] == 3
+  assert figures['captions']['recall_at_1_chance'] == pytest.approx(5 / 9)
+  with pytest.raises(ValueError, match='has no captions: give --tags or --captions'):
+    evaluation.evaluate_mulan(run, folder, tmp_path)
+
+
+@pytest.mark.parametrize('flags, code, message', [
+    (['--mulan', 'RUN', '--codec', 'RUN', '--audio_dir', 'MUSIC'], 2, 'give either --workdir'),
+    (['--mulan', 'RUN'], 2, 'give either --workdir'),
+    (['--codec', 'RUN', '--audio_dir', 'MUSIC', '--tags', 'MUSIC'], 2, '--tags belongs to --mulan'),
+    (['--mulan', 'RUN', '--audio_dir', 'MUSIC', '--tags', 'nowhere.csv'], 1, "there is nothing at 'nowhere.csv'"),
+])
+def test_the_command_says_what_is_wrong(run, folder, capsys, flags, code, message):
+  given = [{'RUN': str(run), 'MUSIC': str(folder)}.get(f, f) for f in flags]
+  with pytest.raises(SystemExit) as stopped:
+    main.main(['evaluate', *given])
+  error = capsys.readouterr().err
+  assert stopped.value.code == code and message in error and len(error.splitlines()) == 1
