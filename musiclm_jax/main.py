@@ -243,7 +243,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
   if sum(map(bool, (args.workdir, args.codec, args.mulan))) != 1 or bool(args.workdir) == bool(args.audio_dir):
-    raise UsageError('give either --workdir (a set of trained runs), or --codec or --mulan, and --audio_dir (any music)')
+    raise UsageError('give either --workdir (a set of trained runs), or one of --codec and --mulan with --audio_dir')
   for name in ('workdir', 'codec', 'mulan', 'audio_dir', 'captions', 'tag_names'):
     if getattr(args, name):
       _existing(getattr(args, name), f'--{name}')

@@ -26,7 +26,7 @@ _SHARD_HOURS = 1.0
 _MAX_NAMES = 20  # file names kept for each reason of skipping
 # Built-in music by size: clips to train on, clips held out, seconds of each.
 COMPOSER_SIZES = {
-    'nano': (64, 16, 5.0), 'tiny': (4000, 400, 5.0), 'small': (20_000, 1000, 10.0),
+    'nano': (64, 16, 5.0), 'tiny': (4000, 400, 5.0), 'small': (16_000, 400, 5.0),
     'base': (100_000, 2000, 30.0), 'paper': (500_000, 5000, 30.0)}
 # Settings that are hashes, and what it means that one differs.
 _HASHED = {'content': 'the names or sizes of the audio files have changed',
