@@ -7,7 +7,7 @@ V vocabulary, L positions, D width, N layers.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import hashlib
 import pathlib
@@ -50,8 +50,8 @@ class PublishedBert:
 
   def load(self) -> _Weights:
     rows = wordpiece.WordPiece(pathlib.Path(self.vocabulary).read_bytes())
-    weights = _Weights(self.file, 'bert', lambda found, ours: _text_tower(found, ours, rows.id_of('[CLS]'), rows.size))
-    return dataclasses.replace(weights, into=self.into)
+    return _Weights(self.file, 'bert', self.into,
+                    lambda found, ours: _text_tower(found, ours, rows.id_of('[CLS]'), rows.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,8 @@ class PublishedAst:
   into = 'audio'
 
   def load(self) -> _Weights:
-    weights = _Weights(self.file, 'audio_spectrogram_transformer',
-                       lambda found, ours: _audio_tower(found, ours, self.time_patches))
-    return dataclasses.replace(weights, into=self.into)
+    return _Weights(self.file, 'audio_spectrogram_transformer', self.into,
+                    lambda found, ours: _audio_tower(found, ours, self.time_patches))
 
 
 class _Tensors:
@@ -83,8 +82,6 @@ class _Tensors:
 
   def __init__(self, file: str, prefix: str):
     self.file, self.prefix = file, prefix
-    if not pathlib.Path(file).is_file():
-      raise FileNotFoundError(f'no file of published weights {file}')
     try:
       self._found = safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, TypeError, KeyError) as error:
@@ -139,8 +136,12 @@ class _Weights:
 
   file: str
   prefix: str
-  fill: Any
-  into: str = ''
+  into: str
+  fill: Callable[[_Tensors, Any], Any]
+
+  def __post_init__(self):
+    if not pathlib.Path(self.file).is_file():
+      raise FileNotFoundError(f'no file of published weights {self.file}')
 
   @property
   def content_hash(self) -> str:

@@ -138,7 +138,7 @@ class ResNetTower(SpectrogramTower):
       valid_BxT = (first_F < length_B[:, None]) | (first_F == 0)
     x = _kept(mel_BxFxM.astype(self.dtype)[..., None], valid_BxT)
     x, valid_BxT = self.first(x, valid_BxT)
-    x = jax.lax.reduce_window(jax.nn.relu(x), jnp.array(-jnp.inf, x.dtype), jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1),
+    x = jax.lax.reduce_window(jax.nn.relu(x), -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1),
                               ((0, 0), (1, 1), (1, 1), (0, 0)))
     valid_BxT = _every(valid_BxT, 2)
     x = _kept(x, valid_BxT)

@@ -105,7 +105,7 @@ def test_evaluation_measures_every_channel():
   found = metrics.held_out(training, jax.jit(lambda given, key: training.loss(model, given, key, training=False)),
                            [given], jax.random.key(0))
   decoded = np.asarray(jax.jit(lambda x: model.decode(model.encode(x)))(given['audio']))
-  alone = lambda measure: [np.mean(measure(np.asarray(given['audio'])[..., c], decoded[..., c])) for c in (0, 1)]
+  alone = lambda measure: [float(np.mean(measure(np.asarray(given['audio'])[..., c], decoded[..., c]))) for c in (0, 1)]
   for name, by_channel in (('si_sdr', alone(spectral.si_sdr)), ('log_mel_distance', alone(spectral.log_mel_distance))):
     assert found[name] == pytest.approx(np.mean(by_channel), rel=1e-3)
     assert by_channel[0] != pytest.approx(by_channel[1], rel=1e-2)

@@ -193,7 +193,7 @@ def test_evaluation_reports_quality_by_number_of_levels():
     assert np.isnan(ratio).sum() == 3
     assert found[f'si_sdr{name}'] == pytest.approx(np.nanmean(ratio), rel=1e-3)
     assert found[f'log_mel_distance{name}'] == pytest.approx(
-        np.mean(spectral.log_mel_distance(clips, decoded)), rel=1e-3)
+        float(np.mean(spectral.log_mel_distance(clips, decoded))), rel=1e-3)
   assert found['si_sdr'] != pytest.approx(found['si_sdr_1_levels'], rel=1e-2)
   silent = metrics.held_out(training, loss, [{'audio': x[1], 'slot': jnp.arange(2)}], jax.random.key(0))
   assert 'si_sdr' not in silent and np.isfinite(list(silent.values())).all()
