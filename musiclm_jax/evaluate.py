@@ -233,7 +233,7 @@ class _Measure:
       oracle = statistics.attribute_agreement(read, [e['attributes'] for e in examples])
     figures = mulan_figures.mulan_figures(audio_NxE, text_NxE, tokens=tokens, unknown_text_NxE=unknown,
                                           oracle_NxN=oracle, seed=self.seed)
-    if self.held_out_pairs[1][0].get('attributes'):
+    if oracle is not None:  # the facts are known
       figures |= self._words(audio_NxE)
     return {**figures, 'hash': loaded.content_hash}, []
 
@@ -243,7 +243,11 @@ class _Measure:
     clips_NxT, examples = self.held_out_pairs
     facts = [e['attributes'] for e in examples]
     embed = lambda texts: mulan_figures.embed_texts(model, self.ids(list(texts)))
-    middle = lambda texts: embed(texts).mean(axis=0)
+
+    def middle(texts):
+      mean_E = embed(texts).mean(axis=0)
+      return mean_E / max(float(np.linalg.norm(mean_E)), 1e-12)
+
     tags = [(name, value) for name in _TAGS for value in composer.words(name)]
     labels_NxT = np.array([[fact.get(name) == value for name, value in tags] for fact in facts])
     tag_TxE = np.stack([middle(composer.words(name)[value]) for name, value in tags])

@@ -33,7 +33,6 @@ _BATCH = 4
 _OPUS_KILOBITS = (6, 12, 24)
 # Entropies of fewer frames for each code come out too low.
 _FRAMES_PER_CODE = 20
-_SHOWN = 3  # names of files left out, for each reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,10 +290,7 @@ class _Codec:
 
 
 def _notes(about: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], recordings: int) -> tuple[str, ...]:
-  notes = []
-  for reason, names in sorted(skipped.items()):
-    more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-    notes.append(f'left out ({reason}): {", ".join(names[:_SHOWN])}{more}')
+  notes = audio_files.left_out(skipped)
   if missing := opus.missing():
     notes.append(f'no rows for Opus: {" and ".join(missing)} not found (Debian: apt-get install opus-tools)')
   if recordings == 1:

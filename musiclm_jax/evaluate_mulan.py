@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -46,15 +47,18 @@ class MuLanEvaluation:
   def text(self) -> str:
     f, lines = self.figures, []
     lines.append(f'MuLan {f["mulan"]} of {f["run"]} at step {f["step"]}: {f["recordings"]} recordings')
-    rows = [(name, tables.number(f[key].get('macro_auc')), tables.number(f[key].get('macro_ap')),
-             tables.number(f[key].get('macro_share')), str(f[key]['clips']))
-            for key, name in (('zero_shot', 'by its word'), ('linear_probe', 'linear probe')) if key in f]
+    shown = [(key, name) for key, name in (('zero_shot', 'by its word'), ('linear_probe', 'linear probe')) if key in f]
+    rows = [(name, *(tables.number(f[key][f'macro_{kind}']) for kind in ('auc', 'ap', 'share')), str(f[key]['clips']))
+            for key, name in shown]
+    rows += [(f'{name}, 50 tags', *(tables.number(f[key]['top_50'][f'macro_{kind}']) for kind in ('auc', 'ap')), '–',
+              str(f[key]['clips'])) for key, name in shown if 'top_50' in f[key]]
     if rows:
       lines.append(tables.Table(('tags', 'AUC-ROC', 'mAP', 'mAP at chance', 'recordings'), tuple(rows)).text())
     for key, name in (('by_title', 'playlists by their titles'), ('captions', 'recordings by their captions')):
       if key in f:
         found = f[key]
-        lines.append(f'{name}: ' + ', '.join(f'{k.replace("_", " ")} {v:.3g}' for k, v in found.items()))
+        number = lambda v: f'{v:,}' if isinstance(v, int) else f'{v:.3f}'
+        lines.append(f'{name}: ' + ', '.join(f'{k.replace("_", " ")} {number(v)}' for k, v in found.items()))
     if 'zero_shot' in f:
       worst_first = sorted(f['zero_shot']['tags'].items(), key=lambda row: row[1]['auc'])
       shown = [*worst_first[-_SHOWN // 2:][::-1], *worst_first[:_SHOWN // 2][::-1]] if len(
@@ -84,19 +88,22 @@ def evaluate_mulan(mulan: str | os.PathLike, audio_dir: str | os.PathLike, outpu
   usable, skipped = audio_files.sort_out(*audio_files.walk(audio_dir), 1.0, progress=progress)
   if not usable:
     raise audio_files.nothing_usable(audio_dir, skipped)
+  usable.sort(key=lambda row: row[2].seconds)  # batches of like lengths
   names = [name for name, _, _ in usable]
   texts = _captions(audio_dir, names, captions, caption_column) if captions or not tags else {}
   found = tag_files.read(tags, names, meanings=tag_names) if tags else None
   if not found and not texts:
     raise ValueError(f'{audio_dir} has no captions: give --tags or --captions, or a manifest.jsonl with them')
-  wanted = sorted(set(texts) | set(found.by_name if found else ()))
-  paths = {name: path for name, path, _ in usable}
-  audio_NxE = _embedded(loaded, [paths[name] for name in wanted], max_seconds, progress)
+  if found and found.layout == 'playlists':  # what is in none of them is there to be told apart
+    found = dataclasses.replace(found, by_name={name: found.by_name.get(name, frozenset()) for name in names})
+  named = set(texts) | set(found.by_name if found else ())
+  chosen = [row for row in usable if row[0] in named]
+  wanted = [name for name, _, _ in chosen]
+  audio_NxE = _embedded(loaded, [(path, info.seconds) for _, path, info in chosen], max_seconds, progress)
   figures: dict[str, Any] = {
       'run': os.fspath(mulan), 'mulan': loaded.content_hash, 'step': loaded.step, 'audio_dir': os.fspath(audio_dir),
       'recordings': len(wanted), 'skipped': {reason: list(names) for reason, names in skipped.items()}}
-  notes = [f'left out ({reason}): {", ".join(names[:3])}' + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-           for reason, names in sorted(skipped.items())]
+  notes = audio_files.left_out(skipped)
   place = {name: i for i, name in enumerate(wanted)}
   if found:
     more, said = _tagged(loaded, found, audio_NxE, place)
@@ -123,21 +130,25 @@ def _captions(audio_dir: str | os.PathLike, names: Sequence[str], captions: str 
   return {name: found[0] for name, found in described.items() if found}
 
 
-def _embedded(loaded: Loaded, paths: Sequence[bytes], max_seconds: float, progress: Progress | None) -> np.ndarray:
-  """[N, E], of length 1."""
+def _embedded(loaded: Loaded, files: Sequence[tuple[bytes, float]], max_seconds: float, progress: Progress | None
+              ) -> np.ndarray:
+  """[N, E], of length 1, of (path, seconds)."""
   config = loaded.model.config.audio
-  samples = max(config.window_samples, round(max_seconds * config.mel.sample_rate))
+  rate, window = config.mel.sample_rate, config.window_samples
   embed = states.compiled(loaded.model, 'embed_audio')
   rows = []
-  for first in range(0, len(paths), _BATCH):
+  for first in range(0, len(files), _BATCH):
+    part = files[first:first + _BATCH]
+    # Whole windows: few lengths, so few programs, and no more than the longest of the batch needs.
+    seconds = min(max_seconds, max(seconds for _, seconds in part))
+    samples = max(1, math.ceil(seconds * rate / window)) * window
     clips_BxN, length_B = np.zeros((_BATCH, samples), np.float32), np.full(_BATCH, samples, np.int32)
-    part = paths[first:first + _BATCH]
-    for row, path in enumerate(part):
-      clip = audio_files.read(path, config.mel.sample_rate, samples / config.mel.sample_rate)
+    for row, (path, _) in enumerate(part):
+      clip = audio_files.read(path, rate, min(max_seconds, samples / rate))
       clips_BxN[row, :len(clip)], length_B[row] = clip, len(clip)
     rows.append(np.asarray(embed(clips_BxN, length_B))[:len(part)])
     if progress:
-      progress('recordings embedded', first + len(part), len(paths))
+      progress('recordings embedded', first + len(part), len(files))
   return np.concatenate(rows)
 
 
@@ -156,13 +167,16 @@ def _tagged(loaded: Loaded, found: tag_files.Tags, audio_NxE: np.ndarray, place:
   labels_NxT = np.array([[tag in found.by_name[name] for tag in found.tags] for name in order])
   notes, figures = [], {'layout': found.layout}
   if found.unmatched:
-    notes.append(f'{len(found.unmatched)} recordings of the tags are not in the folder')
+    notes.append(f'{len(found.unmatched)} recordings of the tags could not be found in the folder')
   tag_TxE = _texts(loaded, found.tags)
   to_fit_N = np.array([name in found.fit if found.fit is not None else _half(name) for name in order])
   # Where a collection says what to measure on, that is measured; else everything that is there.
-  measured_N = ~to_fit_N if found.fit else np.ones(len(order), bool)
-  figures['zero_shot'] = language.zero_shot_figures(audio_NxE[rows[measured_N]], tag_TxE, labels_NxT[measured_N],
-                                                    found.tags)
+  measured_N = ~to_fit_N if found.fit and not to_fit_N.all() else np.ones(len(order), bool)
+  try:
+    figures['zero_shot'] = _with_top(language.zero_shot_figures(
+        audio_NxE[rows[measured_N]], tag_TxE, labels_NxT[measured_N], found.tags), found.layout)
+  except ValueError as error:
+    notes.append(f'tags by their words: {error}')
   if found.layout == 'playlists':
     has_T = labels_NxT.any(axis=0)
     figures['by_title'] = language.ranking_figures((tag_TxE @ audio_NxE[rows].T)[has_T], labels_NxT.T[has_T])
@@ -172,11 +186,20 @@ def _tagged(loaded: Loaded, found: tag_files.Tags, audio_NxE: np.ndarray, place:
   if found.fit is None:
     notes.append('linear probe: fitted on a half of the recordings, by a hash of their names')
   try:
-    figures['linear_probe'] = language.linear_probe_figures(
-        audio_NxE[rows[to_fit_N]], labels_NxT[to_fit_N], audio_NxE[rows[~to_fit_N]], labels_NxT[~to_fit_N], found.tags)
+    figures['linear_probe'] = _with_top(language.linear_probe_figures(
+        audio_NxE[rows[to_fit_N]], labels_NxT[to_fit_N], audio_NxE[rows[~to_fit_N]], labels_NxT[~to_fit_N],
+        found.tags), found.layout)
   except ValueError as error:
     notes.append(f'no linear probe: {error}')
   return figures, notes
+
+
+def _with_top(figures: dict[str, Any], layout: str) -> dict[str, Any]:
+  """MagnaTagATune has many tags for the same; what is published of it is of the 50 most frequent ones."""
+  if layout != 'magnatagatune':
+    return figures
+  top = sorted(figures['tags'].values(), key=lambda row: -row['share'])[:50]
+  return {**figures, 'top_50': {f'macro_{name}': float(np.mean([row[name] for row in top])) for name in ('auc', 'ap')}}
 
 
 def _half(name: str) -> bool:
@@ -189,6 +212,7 @@ def _captioned(loaded: Loaded, texts: Mapping[str, str], audio_NxE: np.ndarray, 
   order = sorted(texts)
   said = [texts[name] for name in order]
   scores_NxN = _texts(loaded, said) @ audio_NxE[[place[name] for name in order]].T
-  same_NxN = np.array([[a == b for b in said] for a in said])
+  _, which_N = np.unique(said, return_inverse=True)
+  same_NxN = which_N[:, None] == which_N
   return {'recordings': len(order), **language.ranking_figures(scores_NxN, same_NxN),
           'recall_at_1_chance': float(same_NxN.mean())}

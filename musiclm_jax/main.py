@@ -254,6 +254,11 @@ def evaluate(args: argparse.Namespace) -> None:
   of_texts = ('tags', 'tag_names', 'captions', 'caption_column')
   if not args.mulan and (given := _given(args, *of_texts)):
     raise UsageError(f'--{next(iter(given))} belongs to --mulan')
+  for flag, needs in (('tag_names', 'tags'), ('caption_column', 'captions')):
+    if getattr(args, flag) and not getattr(args, needs):
+      raise UsageError(f'--{flag} belongs to --{needs}')
+  if args.mulan and args.seed is not None:
+    raise UsageError('--seed does not concern --mulan: nothing is drawn')
   if args.workdir:
     _late('evaluate', 'evaluate')(args.workdir, **_given(args, 'output', 'seed'))
   elif args.codec:

@@ -160,8 +160,9 @@ class _Weights:
 def _text_tower(found: _Tensors, ours: Any, class_row: int, rows: int) -> Any:
   words_VxD = found('embeddings.word_embeddings.weight')
   table = ours['embedding']['table']
-  if len(words_VxD) != rows:
+  if len(words_VxD) < rows:
     raise ValueError(f'{found.file} has {len(words_VxD)} words and the vocabulary {rows}: they do not belong together')
+  words_VxD = words_VxD[:rows]  # further ones are filling
   if table.shape[0] < rows or table.shape[1] != words_VxD.shape[1]:
     raise ValueError(f'the words of {found.file} are {words_VxD.shape}; the text tower has rows for {table.shape}')
   positions_LxD = (found('embeddings.position_embeddings.weight')

@@ -59,16 +59,12 @@ class Found:
     lines = [f'{hit.score:+.3f}  {hit.name} at {hit.start:g} s' for hit in self.hits]
     lines.append(f'{self.recordings:,} recordings, {self.clips:,} clips; {self.read:,} read now'
                  + (f', {self.forgotten:,} no longer there' if self.forgotten else ''))
-    lines += [f'left out ({reason}): {", ".join(names[:3])}' + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-              for reason, names in sorted(self.left_out.items())]
-    return '\n'.join(lines)
+    return '\n'.join([*lines, *audio_files.left_out(self.left_out)])
 
 
 def load(workdir: str | os.PathLike) -> Loaded:
   """The MuLan of a run, or of a folder that holds a run `mulan`. Raises ValueError where it is another network."""
-  folder = pathlib.Path(workdir)
-  if checkpoint.latest_step(folder) is None and (folder / 'mulan').is_dir():
-    folder = folder / 'mulan'
+  folder = _run_in(workdir)
   loaded = checkpoint.load(folder)
   if not isinstance(loaded.model, MuLan):
     raise ValueError(f'{folder} holds a {type(loaded.objective).__name__}, not a MuLan')
@@ -82,7 +78,7 @@ def search(mulan: str | os.PathLike, audio_dir: str | os.PathLike, query: str, *
   Args:
     mulan: the run of a trained MuLan, or a folder that holds a run `mulan`.
     audio_dir: audio files at any depth.
-    index: the file that keeps the embeddings; in the run, by the folder's path, where not given.
+    index: the file that keeps the embeddings; where not given one in the run, for this folder and these parameters.
 
   Raises ValueError for a query without words or longer than the text tower reads, for an index of another network, and
   where there is no music that can be used.
@@ -90,19 +86,20 @@ def search(mulan: str | os.PathLike, audio_dir: str | os.PathLike, query: str, *
   loaded = load(mulan)
   engine = _Engine(loaded)
   text_E = engine.embed_text(query)
-  path = pathlib.Path(index) if index else _place(mulan, audio_dir)
+  path = pathlib.Path(index) if index else _place(_run_in(mulan), audio_dir, loaded.content_hash)
   kept = _Index.read(path, loaded.content_hash)
-  found = _updated(kept, engine, audio_dir, path, progress)
-  if not len(found.embedding_CxE):
-    raise audio_files.nothing_usable(audio_dir, found.left_out)
-  return found.best(text_E, top)
+  return _updated(kept, engine, audio_dir, path, progress).best(text_E, top)
 
 
-def _place(mulan: str | os.PathLike, audio_dir: str | os.PathLike) -> pathlib.Path:
+def _run_in(workdir: str | os.PathLike) -> pathlib.Path:
+  folder = pathlib.Path(workdir)
+  return folder / 'mulan' if checkpoint.latest_step(folder) is None and (folder / 'mulan').is_dir() else folder
+
+
+def _place(run: pathlib.Path, audio_dir: str | os.PathLike, content_hash: str) -> pathlib.Path:
   named = hashlib.sha256(os.fsencode(os.path.realpath(audio_dir))).hexdigest()[:16]
-  folder = pathlib.Path(mulan) / 'search'
-  folder.mkdir(exist_ok=True)
-  return folder / f'{named}.safetensors'
+  (run / 'search').mkdir(exist_ok=True)
+  return run / 'search' / f'{named}-{content_hash}.safetensors'
 
 
 class _Engine:
@@ -222,7 +219,8 @@ class _Index:
 
 def _updated(kept: _Index, engine: _Engine, audio_dir: str | os.PathLike, path: pathlib.Path,
              progress: Progress | None) -> _Index:
-  """The index of the folder as it is now, which is also written."""
+  """The index of the folder as it is now, which is also written. ValueError where there is no music: an index is not
+  forgotten because a disk is not there."""
   paths, unsupported = audio_files.walk(audio_dir)
   there: dict[tuple[str, int, int], bytes] = {}
   left_out: dict[str, list[str]] = {audio_files.NOT_SUPPORTED: list(unsupported)} if unsupported else {}
@@ -231,6 +229,7 @@ def _updated(kept: _Index, engine: _Engine, audio_dir: str | os.PathLike, path: 
       status = os.stat(file)
     except OSError as error:
       left_out.setdefault(f'unreadable ({error.strerror})', []).append(name)
+      there |= {known: file for known in kept.files if known[0] == name}
       continue
     there[name, status.st_size, status.st_mtime_ns] = file
   current = kept.without(set(there))
@@ -250,6 +249,8 @@ def _updated(kept: _Index, engine: _Engine, audio_dir: str | os.PathLike, path: 
     if progress:
       progress('recordings read', done, len(wanted))
   made = dataclasses.replace(joined(new), left_out={reason: tuple(names) for reason, names in left_out.items()})
+  if not len(made.embedding_CxE):
+    raise audio_files.nothing_usable(audio_dir, made.left_out)
   if new or len(current.files) < len(kept.files):
     made.write(path)
   return made

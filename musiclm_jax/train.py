@@ -433,7 +433,7 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
   if dry_run:
     print(run.describe(batches, passes))
     return None
-  lineage = {init_from.into: run.donations[0].content_hash}
+  lineage = run.donor_lineage()
   with Interruption() as interruption, run.begun(batches, lineage, configuration) as checkpoints:
     state = run.restore_or_create(checkpoints, batches)
     if int(state.step) < passes:

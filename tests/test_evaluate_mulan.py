@@ -36,16 +36,21 @@ def folder(tmp_path_factory):
 TAGS = {'0': ['slow', 'flute'], '1': ['slow'], '2': ['flute'], '3': [], '4': ['slow', 'never heard'], '5': ['flute']}
 
 
-def test_zero_shot_tags_by_hand(run, folder, tmp_path):
-  table = tmp_path / 'tags.csv'
-  table.write_text('file,tags\n' + ''.join(f'{name}.wav,"{",".join(tags)}"\n' for name, tags in TAGS.items()))
-  result = evaluation.evaluate_mulan(run, folder, tmp_path / 'out', tags=[table])
+def embeddings(run, folder, texts):
+  """Of the six clips and of texts, each for itself."""
   loaded = search.load(run)
   model, tokenizer = loaded.model, Tokenizer(loaded.assets[VOCABULARY_ASSET])
   embed = jax.jit(model.embed_audio)
   audio = np.concatenate([embed(soundfile.read(folder / f'{i}.wav', dtype='float32')[0][None]) for i in range(6)])
+  return audio, np.asarray(model.embed_text(tokenizer.encode_batch(texts, model.config.text.length)))
+
+
+def test_zero_shot_tags_by_hand(run, folder, tmp_path):
+  table = tmp_path / 'tags.csv'
+  table.write_text('file,tags\n' + ''.join(f'{name}.wav,"{",".join(tags)}"\n' for name, tags in TAGS.items()))
+  result = evaluation.evaluate_mulan(run, folder, tmp_path / 'out', tags=[table])
   tags = ('slow', 'flute', 'never heard')
-  text = np.asarray(model.embed_text(tokenizer.encode_batch(tags, model.config.text.length)))
+  audio, text = embeddings(run, folder, tags)
   labels = np.array([[tag in TAGS[str(i)] for tag in tags] for i in range(6)])
   expected = language.zero_shot_figures(audio, text, labels, tags)
   found = json.loads((tmp_path / 'out' / 'mulan.json').read_text())
@@ -66,7 +71,13 @@ def test_a_collection_with_a_split_is_fitted_and_measured_on_it(run, folder, tmp
   figures = evaluation.evaluate_mulan(
       run, tmp_path / 'mtat', tmp_path / 'out', tags=[tmp_path / 'annotations_final.csv']).figures
   assert figures['layout'] == 'magnatagatune' and figures['recordings'] == 6
-  assert figures['zero_shot']['clips'] == figures['linear_probe']['clips'] == 3
+  audio, text = embeddings(run, folder, ['flute'])
+  labels = np.array([[i % 2] for i in range(6)])  # d, e and f are measured; the others are fitted on
+  expected = language.zero_shot_figures(audio[3:], text, labels[3:], ['flute'])
+  assert figures['zero_shot']['tags'] == expected['tags']
+  assert figures['zero_shot']['top_50']['macro_auc'] == pytest.approx(expected['macro_auc'])
+  probed = language.linear_probe_figures(audio[:3], labels[:3], audio[3:], labels[3:], ['flute'])
+  assert figures['linear_probe']['tags'] == probed['tags']
 
 
 def test_playlists_are_found_by_their_titles(run, folder, tmp_path):
@@ -74,15 +85,22 @@ def test_playlists_are_found_by_their_titles(run, folder, tmp_path):
   (tmp_path / 'fast.m3u').write_text('#PLAYLIST:fast ones\n3.wav\n4.wav\n')
   figures = evaluation.evaluate_mulan(
       run, folder, tmp_path, tags=[tmp_path / 'slow.m3u', tmp_path / 'fast.m3u']).figures
-  assert set(figures['zero_shot']['tags']) == {'slow', 'fast ones'}
-  assert {'recall_at_1', 'map', 'median_rank'} <= set(figures['by_title'])
+  audio, text = embeddings(run, folder, ['slow', 'fast ones'])
+  labels = np.array([[1, 0], [1, 0], [0, 0], [0, 1], [0, 1], [0, 0]])
+  assert figures['zero_shot']['tags'] == language.zero_shot_figures(audio, text, labels, ['slow', 'fast ones'])['tags']
+  assert figures['by_title'] == pytest.approx(language.ranking_figures(text @ audio.T, labels.T))
+  # One list is told apart from the rest of the folder.
+  one = evaluation.evaluate_mulan(run, folder, tmp_path, tags=[tmp_path / 'slow.m3u']).figures
+  assert one['zero_shot']['tags'] == {'slow': figures['zero_shot']['tags']['slow']}
 
 
 def test_captions_find_their_recordings(run, folder, tmp_path):
   (tmp_path / 'captions.csv').write_text('file,caption\n0.wav,a slow flute\n1.wav,loud drums\n2.wav,loud drums\n')
   figures = evaluation.evaluate_mulan(run, folder, tmp_path, captions=tmp_path / 'captions.csv').figures
-  assert figures['captions']['recordings'] == 3
-  assert figures['captions']['recall_at_1_chance'] == pytest.approx(5 / 9)
+  audio, text = embeddings(run, folder, ['a slow flute', 'loud drums', 'loud drums'])
+  relevant = np.array([[1, 0, 0], [0, 1, 1], [0, 1, 1]])
+  assert figures['captions'] == pytest.approx({
+      'recordings': 3, 'recall_at_1_chance': 5 / 9, **language.ranking_figures(text @ audio[:3].T, relevant)})
   with pytest.raises(ValueError, match='has no captions: give --tags or --captions'):
     evaluation.evaluate_mulan(run, folder, tmp_path)
 
@@ -90,6 +108,8 @@ def test_captions_find_their_recordings(run, folder, tmp_path):
 @pytest.mark.parametrize('flags, code, message', [
     (['--mulan', 'RUN', '--codec', 'RUN', '--audio_dir', 'MUSIC'], 2, 'give either --workdir'),
     (['--mulan', 'RUN'], 2, 'give either --workdir'),
+    (['--mulan', 'RUN', '--audio_dir', 'MUSIC', '--seed', '1'], 2, '--seed does not concern --mulan'),
+    (['--mulan', 'RUN', '--audio_dir', 'MUSIC', '--tag_names', 'MUSIC'], 2, '--tag_names belongs to --tags'),
     (['--codec', 'RUN', '--audio_dir', 'MUSIC', '--tags', 'MUSIC'], 2, '--tags belongs to --mulan'),
     (['--mulan', 'RUN', '--audio_dir', 'MUSIC', '--tags', 'nowhere.csv'], 1, "there is nothing at 'nowhere.csv'"),
 ])

@@ -75,16 +75,53 @@ def test_the_text_tower_gets_every_tensor_in_its_place(files):
   np.testing.assert_array_equal(made['position'], positions[:8])
   np.testing.assert_array_equal(made['norm']['scale'], found['bert.embeddings.LayerNorm.gamma'])
   stack = made['transformer']['layers']['stack']
-  query = found['bert.encoder.layer.1.attention.self.query.weight']
-  np.testing.assert_array_equal(np.asarray(stack['attention']['q']['w'])[1].reshape(16, 16), query.T)
+  for group, part, theirs in (
+      ('attention', 'q', 'attention.self.query'), ('attention', 'k', 'attention.self.key'),
+      ('attention', 'v', 'attention.self.value'), ('attention', 'out', 'attention.output.dense'),
+      ('feed_forward', 'wi', 'intermediate.dense'), ('feed_forward', 'wo', 'output.dense')):
+    for i in range(2):
+      name = f'bert.encoder.layer.{i}.{theirs}'
+      np.testing.assert_array_equal(stack[group][part]['w'][i], found[f'{name}.weight'].T)
+      np.testing.assert_array_equal(stack[group][part]['b'][i], found[f'{name}.bias'])
+  for norm, theirs in (('attention_norm', 'attention.output.LayerNorm'), ('feed_forward_norm', 'output.LayerNorm')):
+    np.testing.assert_array_equal(stack[norm]['scale'][1], found[f'bert.encoder.layer.1.{theirs}.weight'])
   shapes = lambda tree: {k: shapes(v) if isinstance(v, dict) else np.shape(v) for k, v in tree.items()}
   assert shapes(made) == shapes(before)
   assert donor.load().content_hash.startswith('published ')
 
 
+def test_the_audio_tower_gets_every_tensor_in_its_place(files):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  a, e = 'audio_spectrogram_transformer', 'audio_spectrogram_transformer.embeddings'
+  bands, published_time = AUDIO.band_patches, AUDIO.time_patches + 3
+  found = {f'{e}.cls_token': draw(1, 1, 16), f'{e}.distillation_token': draw(1, 1, 16),
+           f'{e}.position_embeddings': draw(1, 2 + bands * published_time, 16),
+           f'{e}.patch_embeddings.projection.weight': draw(16, 1, 6, 6),
+           f'{e}.patch_embeddings.projection.bias': draw(16),
+           f'{a}.layernorm.weight': draw(16), f'{a}.layernorm.bias': draw(16), **tensors(a, published._AST_BLOCK)}
+  safetensors.numpy.save_file(found, files / 'ast.safetensors')
+  tower = TransformerTower(AUDIO, rngs=nnx.Rngs(0))
+  made = filled(published.PublishedAst(str(files / 'ast.safetensors'), time_patches=published_time), tower)
+  np.testing.assert_array_equal(made['class_token'], found[f'{e}.cls_token'][0])
+  positions = found[f'{e}.position_embeddings'][0]
+  np.testing.assert_array_equal(made['position'][0], positions[0])
+  # The first band's patches begin one place late, as three of them are cut off both ends.
+  np.testing.assert_array_equal(made['position'][1], positions[2 + 1])
+  np.testing.assert_array_equal(made['position'][1 + AUDIO.time_patches], positions[2 + published_time + 1])
+  # A patch of ours has the bands innermost.
+  kernel = found[f'{e}.patch_embeddings.projection.weight'][:, 0]
+  np.testing.assert_array_equal(np.asarray(made['patch']['w']).reshape(6, 6, 16)[2, 5], kernel[:, 5, 2])
+  np.testing.assert_array_equal(made['transformer']['final_norm']['scale'], found[f'{a}.layernorm.weight'])
+  before = found[f'{a}.encoder.layer.1.layernorm_before.weight']
+  np.testing.assert_array_equal(made['transformer']['layers']['stack']['attention_norm']['scale'][1], before)
+  with pytest.raises(ValueError, match='no rows of 7 patches along time'):
+    filled(published.PublishedAst(str(files / 'ast.safetensors'), time_patches=7), tower)
+
+
 @pytest.mark.parametrize('change, message', [
     ({'bert.encoder.layer.1.output.dense.bias': None}, "has no tensor 'encoder.layer.1.output.dense.bias'"),
-    ({'bert.embeddings.word_embeddings.weight': np.zeros((31, 16), np.float32)}, 'has 31 words and the vocabulary 30'),
+    ({'bert.embeddings.word_embeddings.weight': np.zeros((29, 16), np.float32)}, 'has 29 words and the vocabulary 30'),
     ({'bert.embeddings.position_embeddings.weight': np.zeros((7, 16), np.float32)}, 'has positions for 7 tokens'),
     ({'bert.embeddings.LayerNorm.gamma': np.zeros(8, np.float32)}, r'is \(8,\) and the tower wants \(16,\)'),
 ])

@@ -99,7 +99,7 @@ def test_what_was_read_before_a_stop_is_not_read_again(runs, folder, tmp_path, m
   assert find(runs, folder, tmp_path).read == 1
 
 
-def test_other_networks_damaged_indices_and_empty_folders_are_refused(runs, folder, tmp_path):
+def test_other_networks_and_damaged_indices_are_refused(runs, folder, tmp_path):
   find(runs, folder, tmp_path)
   before = (tmp_path / 'index').read_bytes()
   with pytest.raises(ValueError, match='was made by MuLan .*, this is .*: name another --index, or delete it'):
@@ -108,10 +108,15 @@ def test_other_networks_damaged_indices_and_empty_folders_are_refused(runs, fold
   (tmp_path / 'index').write_bytes(before[:100])
   with pytest.raises(ValueError, match='is no search index, or a damaged one'):
     find(runs, folder, tmp_path)
-  os.remove(tmp_path / 'index')
-  (tmp_path / 'none').mkdir()
+
+
+def test_a_folder_without_music_leaves_the_index_as_it_was(runs, folder, tmp_path):
+  find(runs, folder, tmp_path)
+  before = (tmp_path / 'index').read_bytes()
+  (tmp_path / 'none').mkdir()  # a disk that is not there
   with pytest.raises(ValueError, match='no usable audio'):
     find(runs, tmp_path / 'none', tmp_path)
+  assert (tmp_path / 'index').read_bytes() == before
 
 
 @pytest.mark.parametrize('query, message', [

@@ -118,6 +118,12 @@ def sort_out(files: Sequence[tuple[str, bytes]], unsupported: Sequence[str], min
   return usable, skipped
 
 
+def left_out(skipped: Mapping[str, Sequence[str]], shown: int = 3) -> list[str]:
+  """A sentence for each reason, with the first names."""
+  more = lambda names: f' and {len(names) - shown} more' if len(names) > shown else ''
+  return [f'left out ({reason}): {", ".join(names[:shown])}{more(names)}' for reason, names in sorted(skipped.items())]
+
+
 def _checked(task: tuple[bytes, float, int]) -> tuple[AudioInfo | None, str]:
   """What `check` finds, or why the file cannot be used."""
   try:

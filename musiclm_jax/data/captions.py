@@ -74,6 +74,31 @@ def _words(value: Any) -> str:
   return '' if value is None else ' '.join(str(value).split())
 
 
+class Matcher:
+  """Finds the recordings of a folder by the names that other files give them.
+
+  A name is the whole relative name, or a longer path that ends with it; else its last part, where only one recording
+  has that; with or without the extension.
+  """
+
+  def __init__(self, names: Iterable[str]):
+    self._names = set(names)
+    self._lookup: dict[str, set[str]] = collections.defaultdict(set)
+    for name in self._names:
+      for key in {name, name.rpartition('.')[0], name.rpartition('/')[2], name.rpartition('/')[2].rpartition('.')[0]}:
+        self._lookup[key].add(name)
+
+  def __call__(self, given: str) -> str | None:
+    parts = [p for p in given.replace('\\', '/').split('/') if p not in ('', '.', '..')]
+    for first in range(len(parts)):
+      end = '/'.join(parts[first:])
+      if end in self._names:
+        return end
+      if len(found := self._lookup.get(end, ())) == 1:
+        return next(iter(found))
+    return None
+
+
 def row_texts(row: Mapping[str, Any], caption_column: str | None) -> tuple[dict[str, str], ...]:
   """The texts of a row, each with its kind: the description, the tags, the label."""
   column = caption_column or next((c for c in CAPTION_COLUMNS if c in row), None)
@@ -114,8 +139,7 @@ def read_captions(path: str | os.PathLike, names: Iterable[str],
   """Matches a caption file to the recordings `names` (relative to the audio folder).
 
   A row has `file` and `caption` (or `text`, or `caption_column`), and may have `tags`. Several rows may
-  describe one file. `file` is matched by its whole relative name, else by its last part where only one
-  recording has that, with or without the extension.
+  describe one file. `Matcher` says how files are matched.
 
   Raises: ValueError where the columns are missing, naming those found, or where no row matches a recording.
   """
@@ -126,19 +150,13 @@ def read_captions(path: str | os.PathLike, names: Iterable[str],
   if 'file' not in columns or not any(c in columns for c in wanted):
     raise ValueError(f'{path} needs the columns "file" and {" or ".join(repr(c) for c in wanted)}; it has '
                      f'{", ".join(columns) or "no rows"}. Name the column of the text with --caption_column')
-  lookup: dict[str, list[str]] = collections.defaultdict(list)
-  for name in names:
-    last = name.rpartition('/')[2]
-    for key in {name, last, last.rpartition('.')[0], name.rpartition('.')[0]}:
-      lookup[key].append(name)
-  exact = set(names)
+  match = Matcher(names)
   texts: dict[str, list[Mapping[str, str]]] = collections.defaultdict(list)
   unmatched = []
   for row in rows:
-    file = str(row.get('file') or '').replace('\\', '/').removeprefix('./')
-    matches = [file] if file in exact else lookup.get(file) or lookup.get(file.rpartition('/')[2]) or []
-    if len(matches) == 1:
-      texts[matches[0]].extend(t for t in row_texts(row, caption_column) if t not in texts[matches[0]])
+    file = str(row.get('file') or '')
+    if (name := match(file)) is not None:
+      texts[name].extend(t for t in row_texts(row, caption_column) if t not in texts[name])
     else:
       unmatched.append(file)
   if not texts:

@@ -10,8 +10,10 @@ The layout is told by the content:
 """
 from __future__ import annotations
 
+import ast
 import collections
 from collections.abc import Iterable, Mapping, Sequence
+import contextlib
 import csv
 import dataclasses
 import io
@@ -78,7 +80,7 @@ def _playlists(paths: Sequence[pathlib.Path]) -> _Rows:
   for path in paths:
     lines = [line.strip() for line in _text(path).splitlines()]
     title = next((line.partition(':')[2].strip() for line in lines if line.startswith('#PLAYLIST:')), path.stem)
-    rows += [(line.replace('\\', '/'), [title]) for line in lines if line and not line.startswith('#')]
+    rows += [(line, [title]) for line in lines if line and not line.startswith('#')]
   return rows
 
 
@@ -87,26 +89,37 @@ def _one_file(path: pathlib.Path, meanings: str | os.PathLike | None):
   first = text.lstrip().splitlines()[0] if text.strip() else ''
   if 'clip_id' in first and 'mp3_path' in first:
     return _magnatagatune(path, text)
-  if 'YTID' in text[:1000]:
+  if any(line.lstrip('# ').startswith('YTID') for line in text.splitlines()[:5]):
     return 'audioset', _audioset(path, text, meanings), None
   rows = captions.read_table(path)
   columns = list(dict.fromkeys(c for row in rows for c in row if c is not None))
   if 'file' not in columns or 'tags' not in columns:
     raise ValueError(f'{path} has none of the known layouts: a table needs the columns "file" and "tags", and has '
                      f'{", ".join(columns) or "no rows"}')
-  return 'table', [(str(row.get('file') or '').replace('\\', '/'), _list(row.get('tags'))) for row in rows], None
+  found = []
+  for row in rows:
+    # Tags without quotes around them are more fields than there are columns.
+    if (more := row.get(None)) and columns[-1] != 'tags':
+      raise ValueError(f'{path}: the row of {row["file"]} has more fields than columns: put quotes around its tags')
+    found.append((str(row.get('file') or ''), [*_list(row.get('tags')), *(more or ())]))
+  return 'table', [(name, [t for tag in tags if (t := ' '.join(str(tag).split()))]) for name, tags in found], None
 
 
 def _list(value: Any) -> list[str]:
-  parts = value if isinstance(value, (list, tuple)) else str(value or '').split(',')
-  return [' '.join(str(part).split()) for part in parts if str(part).strip()]
+  if isinstance(value, str) and value.startswith('[') and value.endswith(']'):  # a list as text, as in MusicCaps
+    with contextlib.suppress(ValueError, SyntaxError):
+      value = ast.literal_eval(value)
+  return list(value) if isinstance(value, (list, tuple)) else str(value or '').split(',')
 
 
 def _magnatagatune(path: pathlib.Path, text: str):
-  rows = list(csv.DictReader(io.StringIO(text, newline=''), delimiter='\t'))
+  delimiter = '\t' if '\t' in text.lstrip().splitlines()[0] else ','
+  rows = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=delimiter))
   tags = [c for c in (rows[0] if rows else {}) if c not in ('clip_id', 'mp3_path')]
   found, fit = [], set()
   for row in rows:
+    if None in row or None in row.values():
+      raise ValueError(f'{path}: the row of clip {row["clip_id"]} has not as many fields as there are columns')
     name = row['mp3_path']
     if name[:1] not in _MTAT_FIT | _MTAT_MEASURE:
       continue
@@ -138,22 +151,17 @@ def _audioset(path: pathlib.Path, text: str, meanings: str | os.PathLike | None)
 
 
 def _matched(layout: str, rows: _Rows, fit: set[str] | None, names: Sequence[str], path: str) -> Tags:
-  """The rows that name a recording: by its whole name, or by its last part, with or without the extension."""
-  lookup: dict[str, list[str]] = collections.defaultdict(list)
-  for name in names:
-    last = name.rpartition('/')[2]
-    for key in {name, last, last.rpartition('.')[0], name.rpartition('.')[0]}:
-      lookup[key].append(name)
+  """The rows that name a recording, as `captions.Matcher` finds it."""
+  match = captions.Matcher(names)
   by_name: dict[str, set[str]] = collections.defaultdict(set)
   tags, unmatched, to_fit = dict.fromkeys(t for _, found in rows for t in found), [], set()
   for given, found in rows:
-    matches = lookup.get(given) or lookup.get(given.rpartition('/')[2]) or []
-    if len(matches) != 1:
+    if (name := match(given)) is None:
       unmatched.append(given)
       continue
-    by_name[matches[0]].update(found)
+    by_name[name].update(found)
     if fit is not None and given in fit:
-      to_fit.add(matches[0])
+      to_fit.add(name)
   if not by_name:
     raise ValueError(f'none of the {len(rows)} recordings that {path} names is in the folder; it names '
                      f'{", ".join(unmatched[:3]) or "nothing"}, the folder has {", ".join(names[:3]) or "nothing"}')

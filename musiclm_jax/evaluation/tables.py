@@ -100,7 +100,7 @@ _MULAN = (
     Row('mulan.negation.bass.accuracy', '"bass" or "no bass"', (('chance', 'mulan.negation.bass.chance'),),
         'The same for the bass.', PERCENT),
     Row('mulan.order.accuracy', '"a flute, then brass"', (('chance', 'mulan.order.chance'),),
-        'Which of two instruments comes first: windows are averaged, so a clip cannot tell.', PERCENT),
+        'Which of two instruments comes first. Windows are averaged: only what is within one can tell.', PERCENT),
 )
 _SEMANTIC = (
     Row('semantic.masked_cross_entropy', 'Masked prediction (nats)',

@@ -87,7 +87,7 @@ def depthwise_convolution(x_BxTxD: jax.Array, kernel_WxD: jax.Array) -> jax.Arra
   """Centred depthwise convolution over time, zeros beyond both ends, in the type of x.
 
   W shifted multiplies: they fuse into one loop, where a grouped convolution is slow on CPU. So are the W sums over
-  all frames that autodiff makes of the kernel's gradient; one product gives them all.
+  all frames that autodiff makes of the kernel's gradient: here they are products.
   """
   shifts = _shifts(x_BxTxD, kernel_WxD.shape[0])
   return sum(x * k for x, k in zip(shifts, kernel_WxD.astype(x_BxTxD.dtype)))
@@ -106,8 +106,9 @@ def _depthwise_forward(x_BxTxD: jax.Array, kernel_WxD: jax.Array):
 
 def _depthwise_backward(saved, gradient_BxTxD: jax.Array):
   x_BxTxD, kernel_WxD = saved
-  windows_WxBxTxD = jnp.stack(_shifts(x_BxTxD, kernel_WxD.shape[0]))
-  kernel_gradient = jnp.einsum('WBTD,BTD->WD', windows_WxBxTxD, gradient_BxTxD, preferred_element_type=jnp.float32)
+  rows_N = jnp.ones(gradient_BxTxD.shape[0] * gradient_BxTxD.shape[1], x_BxTxD.dtype)
+  total = lambda y_BxTxD: jnp.matmul(rows_N, y_BxTxD.reshape(len(rows_N), -1), preferred_element_type=jnp.float32)
+  kernel_gradient = jnp.stack([total(x * gradient_BxTxD) for x in _shifts(x_BxTxD, kernel_WxD.shape[0])])
   return depthwise_convolution(gradient_BxTxD, kernel_WxD[::-1]), kernel_gradient.astype(kernel_WxD.dtype)
 
 

@@ -6,6 +6,7 @@ It reads the `vocab.txt` of published BERT models, so that their weights can be 
 from __future__ import annotations
 
 from collections.abc import Iterator
+import re
 import unicodedata
 
 PAD, UNKNOWN, END = '[PAD]', '[UNK]', '[SEP]'
@@ -26,10 +27,11 @@ class WordPiece:
   def __init__(self, vocabulary: bytes):
     """Raises ValueError where these bytes are no such vocabulary."""
     try:
-      pieces = vocabulary.decode('utf-8').splitlines()
+      # Other ends of lines than these are pieces: bert-base-chinese has U+2028.
+      pieces = [line.removesuffix('\r') for line in vocabulary.decode('utf-8').split('\n')]
     except UnicodeDecodeError:
       pieces = []
-    while pieces and not pieces[-1].strip():
+    while pieces and not pieces[-1]:
       pieces.pop()
     if not pieces or pieces[0] != PAD or UNKNOWN not in pieces or END not in pieces:
       raise ValueError(f'no WordPiece vocabulary: its first line must be {PAD}, and it must have {UNKNOWN} and {END}')
@@ -38,7 +40,8 @@ class WordPiece:
       raise ValueError(f'no WordPiece vocabulary: {twice!r} is there twice')
     self._pieces, self._ids = pieces, {piece: i for i, piece in enumerate(pieces)}
     self.end = self._ids[END]
-    self._knows_case = any(p != p.lower() for p in pieces if not (p.startswith('[') and p.endswith(']')))
+    marks = re.compile(r'\[.*\]|<.*>', re.DOTALL)  # [CLS], <S>
+    self._knows_case = any(p != p.lower() for p in pieces if not marks.fullmatch(p))
 
   @property
   def size(self) -> int:

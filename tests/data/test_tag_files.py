@@ -66,6 +66,32 @@ def test_other_files_are_refused(tmp_path, name, content, message):
     tag_files.read([tmp_path / name], ['a.wav'])
 
 
+def test_recordings_of_the_same_last_name_are_told_apart_by_their_paths(tmp_path):
+  (tmp_path / 'mine.m3u').write_text('/home/me/music/A/01.mp3\n../B/01.mp3\n./02.mp3\n01.mp3\n/elsewhere/03.mp3\n')
+  found = tag_files.read([tmp_path / 'mine.m3u'], ['A/01.mp3', 'B/01.mp3', '02.mp3', 'C/02.mp3', 'C/03.mp3'])
+  assert set(found.by_name) == {'A/01.mp3', 'B/01.mp3', '02.mp3', 'C/03.mp3'} and found.unmatched == ('01.mp3',)
+
+
+def test_tags_without_quotes_and_lists_as_text(tmp_path):
+  (tmp_path / 't.csv').write_text('file,tags\na.wav,slow, flute\nb.wav,"[\'low quality\', \'sad\']"\n')
+  found = tag_files.read([tmp_path / 't.csv'], ['a.wav', 'b.wav'])
+  assert found.by_name == {'a.wav': {'slow', 'flute'}, 'b.wav': {'low quality', 'sad'}}
+  (tmp_path / 't.csv').write_text('tags,file\nslow,a.wav,flute\n')
+  with pytest.raises(ValueError, match='the row of a.wav has more fields than columns'):
+    tag_files.read([tmp_path / 't.csv'], ['a.wav'])
+  (tmp_path / 't.csv').write_text('file,tags,YTID\na.wav,slow,x\n')
+  assert tag_files.read([tmp_path / 't.csv'], ['a.wav']).layout == 'table'
+
+
+def test_magnatagatune_with_commas_or_a_short_row(tmp_path):
+  path = tmp_path / 'annotations.csv'
+  path.write_text('clip_id,flute,mp3_path\n1,1,0/a.wav\n')
+  assert tag_files.read([path], ['0/a.wav']).by_name == {'0/a.wav': {'flute'}}
+  path.write_text('clip_id\tflute\tmp3_path\n1\t0/a.wav\n')
+  with pytest.raises(ValueError, match='annotations.csv: the row of clip 1 has not as many fields'):
+    tag_files.read([path], ['0/a.wav'])
+
+
 def test_several_files_must_be_playlists(tmp_path):
   with pytest.raises(ValueError, match='one file of tags, or several playlists'):
     tag_files.read([tmp_path / 'a.csv', tmp_path / 'b.csv'], ['a.wav'])

@@ -52,6 +52,13 @@ def test_a_vocabulary_with_case_keeps_it():
   assert cased.encode('Slow slow É', 4).tolist() == [len(PIECES), 4, len(PIECES) + 1, 3]
 
 
+def test_ends_of_lines_and_marks_are_those_of_published_files():
+  """Pieces that other programs take for ends of lines, files of Windows, and marks that are no words."""
+  made = Tokenizer('\r\n'.join([*PIECES, '\u2028', '\x85', '<S>']).encode())
+  assert made.vocab_size == len(PIECES) + 3
+  assert made.encode('Slow key', 3).tolist() == [4, 11, 3]  # <S> does not mean that it knows case
+
+
 @pytest.mark.parametrize('pieces, message', [
     (['[PAD]', 'a'], r'it must have \[UNK\] and \[SEP\]'),
     (['[PAD]', '[UNK]', '[SEP]', 'a', 'a'], "'a' is there twice"),
