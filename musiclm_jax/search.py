@@ -64,7 +64,7 @@ class Found:
 
 def load(workdir: str | os.PathLike) -> Loaded:
   """The MuLan of a run, or of a folder that holds a run `mulan`. Raises ValueError where it is another network."""
-  folder = _run_in(workdir)
+  folder = checkpoint.run_in(workdir, 'mulan')
   loaded = checkpoint.load(folder)
   if not isinstance(loaded.model, MuLan):
     raise ValueError(f'{folder} holds a {type(loaded.objective).__name__}, not a MuLan')
@@ -86,14 +86,9 @@ def search(mulan: str | os.PathLike, audio_dir: str | os.PathLike, query: str, *
   loaded = load(mulan)
   engine = _Engine(loaded)
   text_E = engine.embed_text(query)
-  path = pathlib.Path(index) if index else _place(_run_in(mulan), audio_dir, loaded.content_hash)
+  path = pathlib.Path(index) if index else _place(checkpoint.run_in(mulan, 'mulan'), audio_dir, loaded.content_hash)
   kept = _Index.read(path, loaded.content_hash)
   return _updated(kept, engine, audio_dir, path, progress).best(text_E, top)
-
-
-def _run_in(workdir: str | os.PathLike) -> pathlib.Path:
-  folder = pathlib.Path(workdir)
-  return folder / 'mulan' if checkpoint.latest_step(folder) is None and (folder / 'mulan').is_dir() else folder
 
 
 def _place(run: pathlib.Path, audio_dir: str | os.PathLike, content_hash: str) -> pathlib.Path:
@@ -229,11 +224,12 @@ def _updated(kept: _Index, engine: _Engine, audio_dir: str | os.PathLike, path: 
       status = os.stat(file)
     except OSError as error:
       left_out.setdefault(f'unreadable ({error.strerror})', []).append(name)
-      there |= {known: file for known in kept.files if known[0] == name}
+      there |= {before: file for before in kept.files if before[0] == name}
       continue
     there[name, status.st_size, status.st_mtime_ns] = file
   current = kept.without(set(there))
-  wanted = [file for file in there if file not in set(current.files)]
+  known = set(current.files)
+  wanted = [file for file in there if file not in known]
   new: list[tuple[tuple[str, int, int], np.ndarray, np.ndarray]] = []
   # What is known of the index so far, with the new recordings behind it.
   joined = functools.partial(_joined, current)

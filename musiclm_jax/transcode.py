@@ -44,9 +44,7 @@ class Transcoded:
 
 def load(workdir: str | os.PathLike) -> Loaded:
   """The codec of a run, or of a folder that holds a run `codec`. Raises ValueError where it is another network."""
-  folder = pathlib.Path(workdir)
-  if checkpoint.latest_step(folder) is None and (folder / 'codec').is_dir():
-    folder = folder / 'codec'
+  folder = checkpoint.run_in(workdir, 'codec')
   loaded = checkpoint.load(folder)
   if not isinstance(loaded.model, SoundStream):
     raise ValueError(f'{folder} holds a {type(loaded.objective).__name__}, not a codec')

@@ -13,7 +13,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from musiclm_jax.mulan.audio_tower import SpectrogramConfig, SpectrogramTower
+from musiclm_jax.mulan.audio_tower import pool, SpectrogramConfig, SpectrogramTower
 from musiclm_jax.nn.conv import Conv2d
 
 _EXPANSION = 4  # of a bottleneck: channels after it over channels inside it
@@ -147,11 +147,7 @@ class ResNetTower(SpectrogramTower):
         block = getattr(self, f'block_{stage + 1}_{i + 1}')
         run = lambda x, valid, block=block: block(x, valid)
         x, valid_BxT = (jax.checkpoint(run) if self.config.remat else run)(x, valid_BxT)
-    x_BxTxD = x.astype(jnp.float32).mean(axis=2)
-    if valid_BxT is None:
-      return x_BxTxD.mean(axis=1)
-    weight_BxTx1 = valid_BxT[..., None].astype(jnp.float32)
-    return (x_BxTxD * weight_BxTx1).sum(axis=1) / weight_BxTx1.sum(axis=1)
+    return pool(x.astype(jnp.float32).mean(axis=2), valid_BxT, 0)
 
 
 def _every(valid_BxT: jax.Array | None, stride: int) -> jax.Array | None:

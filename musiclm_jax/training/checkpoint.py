@@ -301,6 +301,12 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
                 content_hash(objective, params, buffers), assets, about['lineage'], about['made_with'])
 
 
+def run_in(workdir: str | os.PathLike, name: str) -> pathlib.Path:
+  """`workdir`, or the run `name` in it where it is no run itself but holds one."""
+  folder = pathlib.Path(workdir)
+  return folder / name if latest_step(folder) is None and (folder / name).is_dir() else folder
+
+
 def graft(tree: Any, donor: Any, *, part: str = '', into: str = '') -> Any:
   """`tree` with the subtree at `into` replaced by the donor's subtree at `part` ("encoder/layers"; "" is all).
 
