@@ -139,6 +139,8 @@ class _Weights:
   into: str
   fill: Callable[[_Tensors, Any], Any]
 
+  assets = {}  # their vocabulary is a file of its own
+
   def __post_init__(self):
     if not pathlib.Path(self.file).is_file():
       raise FileNotFoundError(f'no file of published weights {self.file}')

@@ -28,8 +28,10 @@ _GRACE_SECONDS = 120.0  # for steps to save what they have, when the quickstart 
 _REPORT_SECONDS = 10.0  # a step shows its progress at most this often
 # XLA on CPU takes and gives back large buffers in every step. With huge pages, and without returning them to the
 # system each time, steps are 1.3 to 1.5 times as fast (glibc 2.35 and newer; others ignore it).
-_ALLOCATOR = ('glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:'
-              'glibc.malloc.trim_threshold=4000000000')
+# On an accelerator two steps share its memory: neither may take most of it before it needs it.
+_DEFAULTS = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:'
+                               'glibc.malloc.trim_threshold=4000000000',
+             'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,7 @@ class _Scheduler:
     process = subprocess.Popen(
         [sys.executable, '-m', 'musiclm_jax.main', *step.arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors='replace', preexec_fn=_in_child(processors),
-        env={'GLIBC_TUNABLES': _ALLOCATOR, **os.environ, 'PYTHONUNBUFFERED': '1'})
+        env={**_DEFAULTS, **os.environ, 'PYTHONUNBUFFERED': '1'})
     threading.Thread(target=self._relay, args=(step.name, process), daemon=True).start()
     return process
 

@@ -109,12 +109,7 @@ class _Engine:
 
   def embed_text(self, query: str) -> np.ndarray:
     tokenizer, longest = Tokenizer(self._loaded.assets[VOCABULARY_ASSET]), self._loaded.model.config.text.length
-    length = tokenizer.length_of(query)
-    if not length:
-      raise ValueError('the query is empty; describe the music in words')
-    if length > longest:
-      raise ValueError(f'the query has {length} tokens, the text tower reads {longest}; shorten it')
-    return np.asarray(self._text(tokenizer.encode(query, longest)[None]))[0]
+    return np.asarray(self._text(tokenizer.encode_prompt(query, longest, 'query')[None]))[0]
 
   def embed_file(self, path: bytes) -> tuple[np.ndarray, np.ndarray]:
     """(embeddings [c, E], beginnings in seconds [c]) of a recording's consecutive windows."""

@@ -1,7 +1,7 @@
 """The one trainer: `train` for everything with a gradient, `fit` for everything that is summed over a corpus."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -53,9 +53,14 @@ class Cadence:
 
 
 class Donation(Protocol):
-  """Parameters that have been read, and which they are."""
+  """Parameters that have been read, and which they are.
+
+  Attributes:
+    assets: files that mean something to these parameters, such as the vocabulary: the new run must have the same.
+  """
 
   content_hash: str
+  assets: Mapping[str, bytes]
 
   def take_over(self, params: Any, buffers: Any) -> tuple[Any, Any]:
     """Pure dicts with those that it has in their places. Raises ValueError where one is missing or does not fit."""
@@ -101,6 +106,10 @@ class _OfRun:
   @property
   def content_hash(self) -> str:
     return self.loaded.content_hash
+
+  @property
+  def assets(self) -> Mapping[str, bytes]:
+    return {} if self.source.part else self.loaded.assets
 
   def take_over(self, params: Any, buffers: Any) -> tuple[Any, Any]:
     graft = functools.partial(checkpoint.graft, part=self.source.part, into=self.source.into)
@@ -306,6 +315,7 @@ class _Run:
       return state
     params, buffers = state.params, state.buffers
     for donation in self.donations:
+      checkpoint.check_assets(donation.assets, self.objective.assets(), 'the run that the parameters come from')
       params, buffers = donation.take_over(params, buffers)
     taken = dataclasses.replace(state, params=params, buffers=buffers, ema=params if state.ema else {})
     return jax.tree.map(_laid_out, taken, self.shardings)
@@ -333,7 +343,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
   writer = metrics.MetricsWriter(run.workdir, first, tensorboard=cadence.tensorboard)
   if first >= last:
     return state
-  alarm = metrics.BarAlarm(cadence.alarm_after)
+  alarm, held_out_alarm = (metrics.BarAlarm(cadence.alarm_after) for _ in range(2))
   skipped = metrics.SkippedSteps(run.max_skipped)
   progress = metrics.Progress(pathlib.Path(run.workdir).name, first, last)
   feed = Prefetch(batches, first, last - first, process_index=jax.process_index(), process_count=jax.process_count(),
@@ -375,7 +385,10 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
       pending = (done, values)
       # All lines of a step are written before it is saved: a run that goes on from there has them.
       if eval_batches is not None and (every(done, cadence.eval_every) or done == last):
-        writer.write(done, held_out(run, state, eval_batches, cadence.eval_batches), part='eval')
+        measured = held_out(run, state, eval_batches, cadence.eval_batches)
+        writer.write(done, measured, part='eval')
+        # Where each text stands with the wrong clip, training learns the pairs by heart, and only this tells.
+        held_out_alarm(done, {f'held-out {name}': value for name, value in measured.items()})
         if cadence.tensorboard:
           _write_media(run, state, eval_batches, writer, cadence.clips)
       if every(done, cadence.checkpoint_every) and done < last:

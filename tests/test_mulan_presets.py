@@ -10,6 +10,8 @@ import pytest
 
 from musiclm_jax import config
 from musiclm_jax.mulan.resnet import ResNetTowerConfig
+from musiclm_jax.text.tokenizer import Tokenizer
+from tests import trainings
 from tests.mulan import configs
 from tests.test_gin_files import _unused
 
@@ -51,3 +53,22 @@ def test_a_small_one_trains(tmp_path):
   window = model.config.audio.window_samples
   clips = np.random.default_rng(0).normal(0, 0.1, (2, 2 * window)).astype(np.float32)
   np.testing.assert_allclose(np.linalg.norm(jax.jit(model.embed_audio)(clips), axis=1), 1, rtol=1e-4)
+
+
+def test_another_vocabulary_than_the_one_of_the_checkpoint_is_refused(tmp_path):
+  """Ids would mean other words; the sizes of all arrays agree."""
+  own, other = tmp_path / 'own.model', tmp_path / 'other.model'
+  for path, word in ((own, 'strings'), (other, 'brass')):
+    path.write_bytes(Tokenizer.train([f'slow {word} in a minor key', f'{word} and drums'] * 3, 300).model_bytes)
+  one = {'partition.Partitioner.data': '1', 'MULAN_VOCABULARY': str(own)}
+
+  def run(name, workdir, **more):
+    built = trainings.experiment(name, **{**one, **more})
+    built.build(workdir=str(tmp_path / workdir), dry_run=False)
+
+  run('mulan', 'mulan', NUM_STEPS=0)
+  with pytest.raises(ValueError, match='the parameters come from has another vocabulary.model'):
+    run('mulan_tokens', 'tokens', MULAN_WORKDIR=tmp_path / 'mulan', MULAN_VOCABULARY=str(other))
+  own.write_bytes(other.read_bytes())
+  with pytest.raises(ValueError, match='has another vocabulary.model than this experiment .*trained with'):
+    run('mulan', 'mulan', NUM_STEPS=1)

@@ -96,13 +96,20 @@ def from_element(element: Mapping[str, np.ndarray], streams: Sequence[str]) -> s
 
 
 class RecordSource(seqio.DataSource):
-  """A record set as a SeqIO data source; `seqio.get_dataset` and friends work on it as on any other."""
+  """A record set as a SeqIO data source; `seqio.get_dataset` and friends work on it as on any other.
 
-  def __init__(self, directory: str | os.PathLike):
-    self.directory = pathlib.Path(directory)
+  `text_kind`: only the clips that have a text of this kind.
+  """
+
+  def __init__(self, directory: str | os.PathLike, text_kind: str = ''):
+    self.directory, self.text_kind = pathlib.Path(directory), text_kind
     self.manifest = records.read_manifest(directory)
     self._opened: dict[str, records.RecordSet] = {}
     counts = {split: self.manifest.records(split) for split in self.manifest.splits}
+    if text_kind:
+      counts = {split: len(self.examples(split)) for split, count in counts.items() if count}
+      if not any(counts.values()):
+        raise ValueError(f'no clip in {directory} has a text of kind {text_kind!r}')
     super().__init__(splits=[s for s, n in counts.items() if n], num_input_examples=counts,
                      performs_internal_shuffling=True)
 
@@ -111,6 +118,13 @@ class RecordSource(seqio.DataSource):
     if split not in self._opened:
       self._opened[split] = records.RecordSet(self.directory, split)
     return self._opened[split]
+
+  def examples(self, split: str) -> records.RecordSet | source.Subset:
+    """The records of one split that this source gives."""
+    held = self.record_set(split)
+    if not self.text_kind:
+      return held
+    return source.Subset(held, np.flatnonzero([self.text_kind in kinds for kinds in held.text_kinds]))
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -128,6 +142,8 @@ class RecordSource(seqio.DataSource):
     numbers = range(len(held.shards)) if shard_info is None else range(
         shard_info.index, len(held.shards), shard_info.num_shards)
     indices = np.concatenate([held.shard_indices(n) for n in numbers])
+    if self.text_kind:
+      indices = indices[np.isin(indices, self.examples(split).indices)]
     chosen = int(np.random.SeedSequence().entropy % 2 ** 31) if shuffle and seed is None else int(seed or 0)
     order = source.IndexMap((len(indices),), None, chosen, len(indices))(0, np.arange(len(indices)))
     rows = indices[order.index] if shuffle else indices
@@ -142,22 +158,37 @@ class RecordSource(seqio.DataSource):
 
 
 def add_task(name: str, directory: str | os.PathLike, *, kind: str,
-             preprocessors: Sequence[Preprocessor] = ()) -> seqio.Task:
+             preprocessors: Sequence[Preprocessor] = (), text_kind: str = '') -> seqio.Task:
   """Registers a task over a record set.
 
   Args:
     kind: "audio" or "tokens": what the record set must hold.
+    text_kind: only clips that have a text of this kind, and of their texts only these.
     preprocessors: give exactly one element for each, keep the side features, and take randomness from
       `slot_seed`.
 
   Raises: FileNotFoundError or ValueError where there is no such record set.
   """
-  record_source = RecordSource(directory)
+  record_source = RecordSource(directory, text_kind)
   if (held := record_source.manifest.header.kind) != kind:
     raise ValueError(f'{directory} holds {held}; the task {name!r} is for {kind}')
   return seqio.TaskRegistry.add(
-      name, source=record_source, preprocessors=list(preprocessors), shuffle_buffer_size=None,
+      name, source=record_source, shuffle_buffer_size=None,
+      preprocessors=[*([_keep_texts(text_kind)] if text_kind else ()), *preprocessors],
       output_features=output_features(record_source.manifest.header))
+
+
+def _keep_texts(kind: str) -> Preprocessor:
+  """Of each clip's texts only those of one kind."""
+
+  def keep_texts(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    def keep(element):
+      kept = element['text_kinds'] == kind
+      return {**element, **{n: tf.boolean_mask(element[n], kept) for n in ('texts', 'text_kinds')}}
+    return dataset.map(keep)
+
+  keep_texts.__name__ = f'keep_{kind}'  # a task's fingerprint has the names of its preprocessors
+  return keep_texts
 
 
 class TaskCorpus:
@@ -172,8 +203,9 @@ class TaskCorpus:
     if not isinstance(task.source, RecordSource):
       raise ValueError(f'the task {task.name!r} does not read a record set')
     self.task = task
-    self.records = task.source.record_set(split)
-    self._streams = tuple(self.records.header.streams)
+    self.split = split
+    self.records = task.source.examples(split)
+    self._streams = tuple(self.manifest.header.streams)
     self._lock = threading.Lock()
     self._pipeline: _Pipeline | None = None
 
@@ -200,7 +232,8 @@ class TaskCorpus:
 
   @property
   def text_kinds(self) -> list[tuple[str, ...]]:
-    return self.records.text_kinds
+    only = self.task.source.text_kind
+    return [tuple(k for k in kinds if k == only) if only else kinds for kinds in self.records.text_kinds]
 
   def __getitem__(self, index: int) -> source.Example:
     if not 0 <= index < len(self):
@@ -227,7 +260,7 @@ class TaskCorpus:
 
   def _start(self, index: int) -> _Pipeline:
     """Checks the preprocessors, as far as one record tells, and starts them."""
-    spec = element_spec(self.records.header)
+    spec = element_spec(self.manifest.header)
     endless = tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec).apply(
         tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
     result = self._preprocessed(endless)
@@ -251,8 +284,8 @@ class TaskCorpus:
   def __reduce__(self):
     # Without preprocessors the records are the examples, and another process needs no TensorFlow to read them.
     if not self.task.preprocessors:
-      return records.RecordSet, (self.records.directory, self.records.split)
-    return open_task, (self.task.name, self.records.split)
+      return records.RecordSet, (self.task.source.directory, self.split)
+    return open_task, (self.task.name, self.split)
 
 
 class _Pipeline:

@@ -33,6 +33,7 @@ _DEAL, _PERMUTE, _SLOT = 1, 2, 3
 READER_VARIABLE = 'MUSICLM_READER'
 # Stands for the built-in music in place of a directory: nothing needs to be prepared to try things out.
 BUILT_IN = 'builtin'
+TASK = 'task:'  # before the name of a registered SeqIO task or mixture
 _BUILT_IN_CLIPS = {'train': 4000, 'test': 400}
 _BUILT_IN_SECONDS = 10.0
 
@@ -308,9 +309,9 @@ def open_corpus(path: str | os.PathLike | Mapping[str, float] | Sequence[str], s
   """The examples of one split of a record set, or of several together.
 
   Args:
-    path: a directory with a `manifest.json`, as `prepare` and `extract` write them; or
-      "builtin", music that is composed as it is read. Of several a mapping to their shares of the examples, or a
-      sequence: every example of each is then seen equally often.
+    path: a directory with a `manifest.json`, as `prepare` and `extract` write them; "task:NAME", a registered
+      SeqIO task or mixture over such; or "builtin", music that is composed as it is read. Of several a mapping to
+      their shares of the examples, or a sequence: every example of each is then seen equally often.
     split: "train" or "test", or whatever the record set has.
     reader: "seqio" reads through a SeqIO task, "direct" without TensorFlow, with equal examples; "auto" takes
       SeqIO where it is installed. The environment variable MUSICLM_READER, where set, replaces "auto".
@@ -327,6 +328,9 @@ def open_corpus(path: str | os.PathLike | Mapping[str, float] | Sequence[str], s
     return Mixture(corpora, tuple(path.values()) if isinstance(path, Mapping) else None)
   if str(path) == BUILT_IN:
     return _built_in(split)
+  if str(path).startswith(TASK):
+    from musiclm_jax.data import seqio_source
+    return seqio_source.open_task(str(path).removeprefix(TASK), split)
   if reader == 'auto':
     reader = os.environ.get(READER_VARIABLE, 'auto')
   if reader not in ('auto', 'seqio', 'direct'):

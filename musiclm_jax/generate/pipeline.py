@@ -62,21 +62,10 @@ class Generated:
   wall_seconds: float
 
 
-def check_prompts(cascade: Cascade, prompts: Sequence[str]) -> None:
-  """Raises ValueError for a prompt that is empty or longer than the text tower reads."""
-  longest = cascade.part('mulan').objective.mulan.text.length
-  for prompt in prompts:
-    if not prompt.strip():
-      raise ValueError('the prompt is empty; describe the music in words')
-    if (found := cascade.tokenizer.length_of(prompt)) > longest:
-      raise ValueError(f'the prompt has {found} tokens, the text tower reads {longest}; shorten it')
-
-
 def text_tokens(cascade: Cascade, prompts: Sequence[str]) -> jax.Array:
-  """MuLan tokens of texts, int32 [B, 1, Q]."""
-  check_prompts(cascade, prompts)
+  """MuLan tokens of texts, int32 [B, 1, Q]. Raises ValueError for a text that `Tokenizer.encode_prompt` refuses."""
   length = cascade.part('mulan').objective.mulan.text.length
-  ids_BxL = np.stack([cascade.tokenizer.encode(p, length) for p in prompts])
+  ids_BxL = np.stack([cascade.tokenizer.encode_prompt(p, length) for p in prompts])
   return cascade.function('mulan', 'tokens')(cascade.function('mulan', 'embed_text')(ids_BxL))
 
 

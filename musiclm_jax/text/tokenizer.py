@@ -105,6 +105,21 @@ class Tokenizer:
     rows = [self.encode(text, length) for text in texts]
     return np.stack(rows) if rows else np.zeros((0, length), np.int32)
 
+  def encode_prompt(self, text: str, length: int, name: str = 'prompt') -> np.ndarray:
+    """As `encode`, for what a user asks for.
+
+    Raises ValueError, with the `name` of the text, for one that is empty, that is longer than `length`, or in which the
+    vocabulary knows nothing: the answer would be the same to any other such text.
+    """
+    ids = self._with_end(self._model.encode(text))
+    if not ids:
+      raise ValueError(f'the {name} is empty; describe the music in words')
+    if len(ids) > length:
+      raise ValueError(f'the {name} has {len(ids)} tokens, the text tower reads {length}; shorten it')
+    if not set(ids) - {self._model.unknown, self._model.end}:
+      raise ValueError(f'the vocabulary knows nothing of the {name} {text!r}; say it in other words')
+    return self.encode(text, length)
+
   def decode(self, ids_L: Iterable[int]) -> str:
     """The text of ids, normalised as the model does (lower case); padding is left out."""
     return self._model.decode([int(i) for i in ids_L if i != PAD_ID])
@@ -139,7 +154,7 @@ class _SentencePiece:
   def __init__(self, model: bytes):
     try:
       processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-      pad, self.size = processor.pad_id(), processor.vocab_size()
+      pad, self.unknown, self.size = processor.pad_id(), processor.unk_id(), processor.vocab_size()
     except RuntimeError:
       pad, self.size = None, 0
     if not self.size:

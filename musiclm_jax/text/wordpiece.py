@@ -39,7 +39,7 @@ class WordPiece:
       twice = next(p for i, p in enumerate(pieces) if p in pieces[:i])
       raise ValueError(f'no WordPiece vocabulary: {twice!r} is there twice')
     self._pieces, self._ids = pieces, {piece: i for i, piece in enumerate(pieces)}
-    self.end = self._ids[END]
+    self.end, self.unknown = self._ids[END], self._ids[UNKNOWN]
     marks = re.compile(r'\[.*\]|<.*>', re.DOTALL)  # [CLS], <S>
     self._knows_case = any(p != p.lower() for p in pieces if not marks.fullmatch(p))
 
@@ -87,7 +87,7 @@ class WordPiece:
   def _of_word(self, word: str) -> list[int]:
     """The longest piece that begins it, then the longest of the rest; unknown where there is none."""
     if len(word) > _LONGEST_WORD:
-      return [self._ids[UNKNOWN]]
+      return [self.unknown]
     ids, first = [], 0
     while first < len(word):
       for last in range(len(word), first, -1):
@@ -95,7 +95,7 @@ class WordPiece:
         if piece in self._ids:
           break
       else:
-        return [self._ids[UNKNOWN]]
+        return [self.unknown]
       ids.append(self._ids[piece])
       first = last
     return ids

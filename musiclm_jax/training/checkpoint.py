@@ -211,6 +211,18 @@ def _check_whole(about: dict[str, Any], item: str, tree: Any) -> None:
       raise ValueError(f'{item}/{name} is not what was saved: its checksum differs')
 
 
+def check_assets(there: Mapping[str, bytes], here: Mapping[str, bytes], where: str) -> None:
+  """Raises ValueError where a file that both have is another one there: ids would mean other words."""
+  for name in sorted(there.keys() & here.keys()):
+    if there[name] != here[name]:
+      raise _OtherRun(f'{where} has another {name} than this experiment (SHA-256 {_sha256(there[name])} and '
+                      f'{_sha256(here[name])}); use the file that it was trained with')
+
+
+def _sha256(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()[:12]
+
+
 class _OtherRun(ValueError):
   """A checkpoint of something else: no fault of the checkpoint's."""
 
@@ -233,6 +245,7 @@ def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[st
     difference = specs.first_difference(saved, objective) or 'the network itself has changed'
     raise _OtherRun(f'{where} is a checkpoint of another architecture: {difference} (checkpoint != experiment); '
                     'choose another workdir or the old configuration')
+  check_assets(_assets(about), objective.assets(), str(where))
   for item, field in _ITEMS.items():
     there = set(about['checksums'][item])
     here = {integrity.name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(getattr(abstract, field))}
@@ -240,6 +253,10 @@ def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[st
       kind = 'moving average of the parameters' if item == 'ema' else item
       raise _OtherRun(f'{where} has another {kind} than this experiment ({len(there)} arrays, here {len(here)}; the '
                       f'first that differs is {min(there ^ here)}); choose another workdir or the old configuration')
+
+
+def _assets(about: Mapping[str, Any]) -> dict[str, bytes]:
+  return {name: base64.b64decode(content) for name, content in about['assets'].items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,9 +313,8 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
     except ValueError as error:
       raise ValueError(f'{place}: {error}; delete that step to use the one before') from None
   params, buffers = trees[params_item], trees['buffers']
-  assets = {k: base64.b64decode(v) for k, v in about['assets'].items()}
   return Loaded(objective, skeleton.model(params, buffers), params, buffers, int(place.name),
-                content_hash(objective, params, buffers), assets, about['lineage'], about['made_with'])
+                content_hash(objective, params, buffers), _assets(about), about['lineage'], about['made_with'])
 
 
 def run_in(workdir: str | os.PathLike, name: str) -> pathlib.Path:

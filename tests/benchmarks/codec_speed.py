@@ -6,32 +6,30 @@
 Random weights, float32. SoundStream of audiolm-pytorch has the same widths, strides (480 samples a frame), latent and
 codebooks, without its attention layers; EnCodec is that of 24 kHz in transformers, with 8 codebooks, as it comes.
 "generator step" is forward, spectral and waveform losses, backward and Adam, without discriminators; "full step" is
-the whole adversarial one with the discriminators of each system at their sizes. Each system is a process of its own
-that takes turns with the others: in each turn it runs once unmeasured and once measured. Medians of the rounds, and of
-the ratios of each round. The ceilings are what this machine multiplies matrices of 2048 x 2048 at and, on an
-accelerator, copies memory at; the operations are those of the matrices and convolutions, the bytes those of XLA's
-program.
+the whole adversarial one with the discriminators of each system at their sizes. The systems take turns (`turns`). The
+ceilings are what this machine multiplies matrices of 2048 x 2048 at and, on an accelerator, copies memory at; the
+operations are those of the matrices and convolutions, the bytes those of XLA's program.
 """
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-import multiprocessing
+from collections.abc import Mapping, Sequence
+import functools
 import statistics
 import sys
-import time
 import types
 from typing import Any
 
 import numpy as np
 
+from tests.benchmarks import turns
+from tests.benchmarks.turns import Calls
+
 RATE, LEVELS, CODES, LATENT = 24000, 12, 1024, 512
 WIDTHS, STRIDES = (32, 64, 128, 256, 512), (3, 4, 5, 8)
-OURS, SYSTEMS = 'musiclm_jax', ('musiclm_jax', 'audiolm-pytorch', 'EnCodec')
+OURS = 'musiclm_jax'
 ENCODE, DECODE, GENERATOR, FULL = WHAT = ('encode', 'decode', 'generator step', 'full step')
-PRODUCTS, MEMORY = 'ceiling: products', 'ceiling: memory'
 CODED_SECONDS = 10.0
-Calls = dict[str, Callable[[], Any]]
 
 
 def clips(count: int, seconds: float) -> np.ndarray:
@@ -93,11 +91,8 @@ def ours(wanted: Sequence[str], coded: np.ndarray, trained: np.ndarray) -> tuple
   if FULL in wanted:
     calls[FULL] = training(FULL, CODEC_WAVEFORM_WEIGHT=1.0)
 
-  matrix, words = jax.numpy.ones((2048, 2048)), jax.numpy.ones(2 ** 26)
-  product, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
-  calls[PRODUCTS], about[PRODUCTS] = lambda: product(matrix).block_until_ready(), 2 * 2048 ** 3
-  if jax.default_backend() != 'cpu':  # there most of the bytes never leave the caches
-    calls[MEMORY], about[MEMORY] = lambda: copy(words).block_until_ready(), 2 * 4 * 2 ** 26
+  limits, work = turns.ceilings()
+  calls, about = calls | limits, about | work
   return calls, about
 
 
@@ -177,19 +172,7 @@ def encodec(wanted: Sequence[str], coded: np.ndarray, trained: np.ndarray) -> tu
   return {ENCODE: encode, DECODE: decode}, {'parameters': sum(p.numel() for p in model.parameters())}
 
 
-def serve(system: str, wanted: Sequence[str], batch: int, seconds: float, pipe) -> None:
-  """Tells what it can, then runs what it is asked for and answers with the seconds."""
-  make = {OURS: ours, 'audiolm-pytorch': audiolm, 'EnCodec': encodec}[system]
-  calls, about = make(wanted, clips(1, CODED_SECONDS), clips(batch, seconds))
-  calls = {name: call for name, call in calls.items() if name in (*wanted, PRODUCTS, MEMORY)}
-  for call in calls.values():
-    call(), call()
-  pipe.send((list(calls), about))
-  while name := pipe.recv():
-    calls[name]()  # as in a loop of its own: the first call after a pause finds cold caches and sleeping cores
-    begun = time.perf_counter()
-    calls[name]()
-    pipe.send(time.perf_counter() - begun)
+SYSTEMS = {OURS: ours, 'audiolm-pytorch': audiolm, 'EnCodec': encodec}
 
 
 def main() -> None:
@@ -200,45 +183,26 @@ def main() -> None:
   parser.add_argument('--batch', type=int, default=4)
   parser.add_argument('--seconds', type=float, default=1.0, help='of each clip of a training batch')
   args = parser.parse_args()
-  context = multiprocessing.get_context('spawn')
-  systems, able, about = {}, {}, {}
-  for name in [args.only] if args.only else SYSTEMS:
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(name, args.what, args.batch, args.seconds, there), daemon=True)
-    process.start()
-    there.close()
-    able[name], about[name] = here.recv()
-    systems[name] = here
-    print(f'{name}: {about[name]["parameters"] / 1e6:.1f} M parameters beside the codebooks', flush=True)
-
-  times: dict[tuple[str, str], list[float]] = {}
-  for _ in range(args.rounds):
-    for what in dict.fromkeys(what for names in able.values() for what in names):
-      for name in systems:
-        if what in able[name]:
-          time.sleep(0.1)  # threads of the one before have gone to sleep
-          systems[name].send(what)
-          times.setdefault((name, what), []).append(systems[name].recv())
-  for pipe in systems.values():
-    pipe.send('')
-
+  given = args.what, clips(1, CODED_SECONDS), clips(args.batch, args.seconds)
+  times, about = turns.take_turns(
+      {name: functools.partial(SYSTEMS[name], *given) for name in ([args.only] if args.only else SYSTEMS)},
+      args.what, args.rounds)
   print('| | system | s of audio a second | times as fast as it | products | memory |\n|---|---|---|---|---|---|')
-  for what in WHAT:
+  for what in args.what:
     audio = args.batch * args.seconds if what in (GENERATOR, FULL) else CODED_SECONDS
     mine = times.get((OURS, what))
-    for name in systems:
+    for name in about:
       if spent := times.get((name, what)):
         cells = ['', *(shares(about[OURS], times, what) if name == OURS else ('', ''))]
         if name != OURS and mine:
-          cells[0] = f'{statistics.median(a / b for a, b in zip(spent, mine)):.2f}'
+          cells[0] = f'{turns.times_as_fast(spent, mine):.2f}'
         print('| ' + ' | '.join([what, name, f'{audio / statistics.median(spent):.2f}', *cells]) + ' |', flush=True)
 
 
 def shares(about: dict[str, Any], times: Mapping[tuple[str, str], list[float]], what: str) -> list[str]:
   """Of the operations, and of the bytes, that this machine manages in a second."""
-  speed = lambda work, name: work / statistics.median(times[OURS, name])
-  return [f'{speed(about[what][kind], what) / speed(about[ceiling], ceiling):.0%}' if ceiling in about else ''
-          for kind, ceiling in (('flops', PRODUCTS), ('bytes', MEMORY))]
+  return [f'{turns.share(about[what][kind], times[OURS, what], about[ceiling], times[OURS, ceiling]):.0%}'
+          if ceiling in about else '' for kind, ceiling in (('flops', turns.PRODUCTS), ('bytes', turns.MEMORY))]
 
 
 if __name__ == '__main__':

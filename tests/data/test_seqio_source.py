@@ -122,6 +122,32 @@ def test_a_registered_mixture_keeps_its_rates_and_its_order(folders):
     assert_equal(one(step), two(step))
 
 
+def test_the_kinds_of_text_are_a_mixture_at_their_rates(folders, tmp_path):
+  kinds = [('tags', 'title'), ('tags',), ('description', 'tags', 'label'), ('title', 'label'), ('tags', 'description')]
+  clips = [{**clip(i), 'texts': [{'kind': k, 'text': f'{k} {i} {n}'} for k in kinds[i % 5] for n in range(2)]}
+           for i in range(15)]
+  records.write_records(tmp_path / 'said', {'train': clips, 'test': clips[:2]},
+                        records.Header('audio', records.audio_streams(24000)), num_shards=3)
+  mixtures.register_text_kinds('said', str(tmp_path / 'said'))
+  mixture = source.open_corpus('task:said', 'train')
+  assert {c.task.name: (len(c), rate) for c, rate in zip(mixture.corpora, mixture.rates)} == {
+      'said_tags': (12, 2), 'said_description': (6, 2), 'said_title': (6, 1), 'said_label': (6, 1)}
+  made = batches.AudioTextBatches(mixture, seconds=0.005, batch_size=6, tokenizer=Letters(), text_length=6)
+  counts = dict.fromkeys(batches.TEXT_RATES, 0)
+  for step in range(10):
+    for example in made.examples(step):
+      [kind] = {t['kind'] for t in example['texts']}
+      assert len(example['texts']) == 2
+      counts[kind] += 1
+  assert counts == {'tags': 20, 'description': 20, 'title': 10, 'label': 10}
+  # The same through SeqIO alone, and of a split without some of the kinds.
+  dataset = seqio.get_mixture_or_task('said_label').get_dataset(sequence_length=None, split='train', shuffle=False)
+  assert sorted(e['texts'][0].decode() for e in dataset.as_numpy_iterator()) == sorted(
+      f'label {i} 0' for i in range(15) if i % 5 in (2, 3))
+  with pytest.raises(ValueError, match="no clip in .* has a text of kind 'lyrics'"):
+    mixtures.register_text_kinds('sung', str(tmp_path / 'said'), {'lyrics': 1})
+
+
 def noisy(draw):
   """A preprocessor that adds a number to each waveform."""
   return lambda dataset: dataset.map(lambda e: {**e, 'audio': e['audio'] + tf.cast(draw(e), tf.int16)})

@@ -101,6 +101,11 @@ def test_a_window_continues_the_one_before(cascade):
   np.testing.assert_array_equal(again, made['acoustic'][:, 10:30, :2])
 
 
+@pytest.mark.parametrize('prompt', ['静かな弦', '🎸🎹', 'zzyzx', 'тихие струны'])
+def test_any_script_is_read(cascade, prompt):
+  assert pipeline.text_tokens(cascade, [prompt]).shape == (1, 1, 12)
+
+
 @pytest.mark.parametrize('prompt, words', [
     ('', 'empty'), ('  ', 'empty'), ('a very long tune ' * 40, 'the text tower reads 24')])
 def test_impossible_prompts_are_refused(cascade, prompt, words):

@@ -122,6 +122,20 @@ def test_the_vocabulary_travels_with_the_model(tmp_path):
     dataclasses.replace(cfg, vocabulary=str(tmp_path / 'gone.model')).assets()
 
 
+def test_silent_clips_have_finite_embeddings_and_gradients():
+  cfg = configs.config()
+  model = MuLan(cfg, rngs=nnx.Rngs(0))
+  silent = jnp.zeros((2, cfg.audio.window_samples))
+  for length in (None, jnp.array([0, 10])):
+    embedding = model.embed_audio(silent, length)
+    np.testing.assert_allclose(jnp.linalg.norm(embedding, axis=-1), 1, atol=1e-5)
+  wordless = jnp.zeros((2, cfg.text.length), jnp.int32)
+  batch = {'audio': silent, 'text': wordless, 'slot': jnp.arange(2)}
+  objective = MuLanTraining(cfg)
+  gradient = nnx.grad(lambda m: objective.loss(m, batch, jax.random.key(0), training=True)[0])(model)
+  assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
+
+
 def test_mask_spectrogram_masks_bands_and_frames_with_the_widths_asked_for():
   cfg = dataclasses.replace(
       configs.config().audio, time_masks=1, time_mask_frames=4, band_masks=1, band_mask_bands=3)

@@ -34,6 +34,14 @@ def test_words_and_their_longest_pieces(tokenizer, text, pieces):
   np.testing.assert_array_equal(tokenizer.encode(text, 12), expected + [0] * (12 - len(expected)))
 
 
+def test_prompts_of_which_nothing_is_known_are_refused(tokenizer):
+  expected = [PIECES.index(p) for p in ('slow', '[UNK]', '[SEP]', '[PAD]')]
+  assert tokenizer.encode_prompt('slow dubstep', 4).tolist() == expected
+  for text in ('dubstep trance', '🎸🎹', 'Ελληνικά'):
+    with pytest.raises(ValueError, match=f"knows nothing of the query '{text}'"):
+      tokenizer.encode_prompt(text, 8, 'query')
+
+
 def test_a_text_that_is_cut_keeps_its_end(tokenizer):
   assert tokenizer.encode('slow strings in a minor key', 3).tolist() == [4, 5, 3]
   assert tokenizer.length_of('') == tokenizer.length_of(' \n') == 0
