@@ -224,8 +224,8 @@ class _Measure:
     loaded = self.cascade.part('mulan')
     _, examples = self.held_out_pairs
     audio_NxE, text_NxE = self.pair_embeddings
-    tokenise = self.cascade.function('mulan', 'tokens')
-    tokens = tuple(in_batches(tokenise, e, batch_size=32) for e in (audio_NxE, text_NxE))
+    tokens = tuple(in_batches(self.cascade.function('mulan', method), e, batch_size=32)
+                   for method, e in (('tokens', audio_NxE), ('text_tokens', text_NxE)))
     unknown = oracle = None
     if examples[0].get('attributes'):
       unknown = mulan_figures.embed_texts(loaded.model, self.ids(self.texts(examples, 'synonyms')))
@@ -349,7 +349,7 @@ class _Measure:
     seeds, parts = self.amounts.seeds, 2 if self.amounts.seeds % 2 == 0 else 1
     # Long descriptions are cut where the text tower ends, as in training.
     embedding_PxE = self.cascade.function('mulan', 'embed_text')(self.ids(prompts))
-    mulan_Px1xQ = self.cascade.function('mulan', 'tokens')(embedding_PxE)
+    mulan_Px1xQ = self.cascade.function('mulan', 'text_tokens')(embedding_PxE)
     keys_SxP = jnp.stack([pipeline.prompt_keys(self.seed + s, len(prompts)) for s in range(seeds)])
     drawn = []
     for part_SxP in jnp.split(keys_SxP, parts):

@@ -52,10 +52,12 @@ class Objective:
     mean_over_examples: whether the loss is a mean of per-example terms. If not (contrastive losses), the
       trainer refuses to split the batch and the objective saves memory by chunking inside itself.
     groups: names of the parameter groups, each with its own optimizer and its own gradient clipping.
+    asset_part: the part of the model, as in `train.InitFrom`, to which the files of `assets` belong.
   """
 
   mean_over_examples: bool = True
   groups: tuple[str, ...] = ('model',)
+  asset_part: str = ''
 
   def model(self, rngs: nnx.Rngs) -> nnx.Module:
     """Builds the network with fresh parameters."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from musiclm_jax.mulan.model import VOCABULARY_ASSET
 from musiclm_jax.text import wordpiece
 
 # Our part of a block -> its name in the file; a part is a linear map or a norm.
@@ -49,9 +50,11 @@ class PublishedBert:
   into = 'text'
 
   def load(self) -> _Weights:
-    rows = wordpiece.WordPiece(pathlib.Path(self.vocabulary).read_bytes())
+    content = pathlib.Path(self.vocabulary).read_bytes()
+    rows = wordpiece.WordPiece(content)
     return _Weights(self.file, 'bert', self.into,
-                    lambda found, ours: _text_tower(found, ours, rows.id_of('[CLS]'), rows.size))
+                    lambda found, ours: _text_tower(found, ours, rows.id_of('[CLS]'), rows.size),
+                    {VOCABULARY_ASSET: content})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +141,15 @@ class _Weights:
   prefix: str
   into: str
   fill: Callable[[_Tensors, Any], Any]
-
-  assets = {}  # their vocabulary is a file of its own
+  assets: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if not pathlib.Path(self.file).is_file():
       raise FileNotFoundError(f'no file of published weights {self.file}')
+
+  @property
+  def name(self) -> str:
+    return self.file
 
   @property
   def content_hash(self) -> str:

@@ -57,10 +57,12 @@ class Donation(Protocol):
 
   Attributes:
     assets: files that mean something to these parameters, such as the vocabulary: the new run must have the same.
+    name: to call it by in messages.
   """
 
   content_hash: str
   assets: Mapping[str, bytes]
+  name: str
 
   def take_over(self, params: Any, buffers: Any) -> tuple[Any, Any]:
     """Pure dicts with those that it has in their places. Raises ValueError where one is missing or does not fit."""
@@ -108,8 +110,14 @@ class _OfRun:
     return self.loaded.content_hash
 
   @property
+  def name(self) -> str:
+    return str(self.source.workdir)
+
+  @property
   def assets(self) -> Mapping[str, bytes]:
-    return {} if self.source.part else self.loaded.assets
+    part, theirs = (path.split('/') if path else [] for path in (self.source.part, self.loaded.objective.asset_part))
+    shared = min(len(part), len(theirs))
+    return self.loaded.assets if part[:shared] == theirs[:shared] else {}
 
   def take_over(self, params: Any, buffers: Any) -> tuple[Any, Any]:
     graft = functools.partial(checkpoint.graft, part=self.source.part, into=self.source.into)
@@ -315,7 +323,7 @@ class _Run:
       return state
     params, buffers = state.params, state.buffers
     for donation in self.donations:
-      checkpoint.check_assets(donation.assets, self.objective.assets(), 'the run that the parameters come from')
+      checkpoint.check_assets(donation.assets, self.objective.assets(), donation.name)
       params, buffers = donation.take_over(params, buffers)
     taken = dataclasses.replace(state, params=params, buffers=buffers, ema=params if state.ema else {})
     return jax.tree.map(_laid_out, taken, self.shardings)
@@ -343,7 +351,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
   writer = metrics.MetricsWriter(run.workdir, first, tensorboard=cadence.tensorboard)
   if first >= last:
     return state
-  alarm, held_out_alarm = (metrics.BarAlarm(cadence.alarm_after) for _ in range(2))
+  alarm, held_out_alarm = (metrics.BarAlarm(cadence.alarm_after, held_out=held_out) for held_out in (False, True))
   skipped = metrics.SkippedSteps(run.max_skipped)
   progress = metrics.Progress(pathlib.Path(run.workdir).name, first, last)
   feed = Prefetch(batches, first, last - first, process_index=jax.process_index(), process_count=jax.process_count(),
@@ -388,7 +396,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
         measured = held_out(run, state, eval_batches, cadence.eval_batches)
         writer.write(done, measured, part='eval')
         # Where each text stands with the wrong clip, training learns the pairs by heart, and only this tells.
-        held_out_alarm(done, {f'held-out {name}': value for name, value in measured.items()})
+        held_out_alarm(done, measured)
         if cadence.tensorboard:
           _write_media(run, state, eval_batches, writer, cadence.clips)
       if every(done, cadence.checkpoint_every) and done < last:

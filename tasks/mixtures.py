@@ -17,8 +17,11 @@ def register(name: str, rates: Mapping[str, float]) -> seqio.Mixture:
 def register_text_kinds(name: str, record_dir: str, rates: Mapping[str, float] = TEXT_RATES) -> seqio.Mixture:
   """Music with its texts as one task a kind, `name`_tags and so on, drawn at 2:2:1:1 (arXiv 2208.12415, section 3).
 
-  A clip is in each task of whose kind it has a text. Raises ValueError where no clip has a text of a kind.
+  A clip is in each task of whose kind it has a text. Raises ValueError, and registers nothing, where no clip has a text
+  of a kind: give the rates of those that there are.
   """
+  for kind in rates:
+    seqio_source.RecordSource(record_dir, kind)
   for kind in rates:
     seqio_source.add_task(f'{name}_{kind}', record_dir, kind='audio', text_kind=kind)
   return register(name, {f'{name}_{kind}': rate for kind, rate in rates.items()})

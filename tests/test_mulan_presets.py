@@ -43,6 +43,14 @@ def test_every_line_is_used():
   assert not _unused('mulan/resnet50', [experiment('mulan'), experiment('mulan_tokens')])
 
 
+def test_tokens_of_music_without_texts():
+  files = ['experiments/mulan_tokens.gin', 'size/tiny.gin', 'mulan/tokens_of_audio.gin']
+  loaded = config.load_experiment(files, [('MULAN_WORKDIR', 'somewhere'), ('RECORDS', 'builtin')],
+                                  provided=('workdir', 'dry_run'))
+  assert not _unused('mulan/tokens_of_audio', [loaded])
+  assert 'text' not in loaded.argument('objective').batch_spec(4) and 'text' not in loaded.argument('batches').spec()
+
+
 def test_a_small_one_trains(tmp_path):
   loaded = experiment('mulan', 'nano', LOG_EVERY='1', **{'partition.Partitioner.data': '1'}, **SMALL)
   loaded.build(workdir=str(tmp_path), dry_run=False)
@@ -67,8 +75,8 @@ def test_another_vocabulary_than_the_one_of_the_checkpoint_is_refused(tmp_path):
     built.build(workdir=str(tmp_path / workdir), dry_run=False)
 
   run('mulan', 'mulan', NUM_STEPS=0)
-  with pytest.raises(ValueError, match='the parameters come from has another vocabulary.model'):
+  with pytest.raises(ValueError, match='mulan has another vocabulary.model than .*MULAN_VOCABULARY'):
     run('mulan_tokens', 'tokens', MULAN_WORKDIR=tmp_path / 'mulan', MULAN_VOCABULARY=str(other))
   own.write_bytes(other.read_bytes())
-  with pytest.raises(ValueError, match='has another vocabulary.model than this experiment .*trained with'):
+  with pytest.raises(ValueError, match='0 has another vocabulary.model than this experiment .*trained with'):
     run('mulan', 'mulan', NUM_STEPS=1)

@@ -109,7 +109,9 @@ class RecordSource(seqio.DataSource):
     if text_kind:
       counts = {split: len(self.examples(split)) for split, count in counts.items() if count}
       if not any(counts.values()):
-        raise ValueError(f'no clip in {directory} has a text of kind {text_kind!r}')
+        there = sorted({k for split in self._opened.values() for kinds in split.text_kinds for k in kinds})
+        raise ValueError(f'no clip in {directory} has a text of kind {text_kind!r}; there are '
+                         f'{", ".join(there) or "none"}')
     super().__init__(splits=[s for s, n in counts.items() if n], num_input_examples=counts,
                      performs_internal_shuffling=True)
 
@@ -144,6 +146,8 @@ class RecordSource(seqio.DataSource):
     indices = np.concatenate([held.shard_indices(n) for n in numbers])
     if self.text_kind:
       indices = indices[np.isin(indices, self.examples(split).indices)]
+    if not len(indices):
+      return tf.data.Dataset.from_generator(lambda: iter(()), output_signature=element_spec(held.header))
     chosen = int(np.random.SeedSequence().entropy % 2 ** 31) if shuffle and seed is None else int(seed or 0)
     order = source.IndexMap((len(indices),), None, chosen, len(indices))(0, np.arange(len(indices)))
     rows = indices[order.index] if shuffle else indices
@@ -285,7 +289,11 @@ class TaskCorpus:
     # Without preprocessors the records are the examples, and another process needs no TensorFlow to read them.
     if not self.task.preprocessors:
       return records.RecordSet, (self.task.source.directory, self.split)
-    return open_task, (self.task.name, self.split)
+    kind = self.task.source.text_kind
+    if not kind or [seqio.utils.function_name(p) for p in self.task.preprocessors] != [_keep_texts(kind).__name__]:
+      raise ValueError(f'the task {self.task.name!r} has preprocessors, which other processes do not know: '
+                       'set DATA_PROCESSES=0')
+    return _reopened, (self.task.name, self.task.source.directory, kind, self.split)
 
 
 class _Pipeline:
@@ -342,11 +350,20 @@ def open_task(name: str, split: str) -> TaskCorpus | source.Mixture:
   """
   if name in seqio.MixtureRegistry.names():
     mixture = seqio.MixtureRegistry.get(name)
-    return source.Mixture(tuple(TaskCorpus(t, split) for t in mixture.tasks),
-                          tuple(mixture.get_rate(t) for t in mixture.tasks))
+    tasks = [t for t in mixture.tasks if split in t.splits]
+    if not tasks:
+      raise ValueError(f'no task of the mixture {name!r} has examples of the split {split!r}')
+    return source.Mixture(tuple(TaskCorpus(t, split) for t in tasks), tuple(mixture.get_rate(t) for t in tasks))
   if name not in seqio.TaskRegistry.names():
     known = ', '.join([*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()])
     raise ValueError(f'no task or mixture is registered as {name!r}; there are {known or "none"}')
+  return TaskCorpus(seqio.TaskRegistry.get(name), split)
+
+
+def _reopened(name: str, directory: str | os.PathLike, text_kind: str, split: str) -> TaskCorpus:
+  """A task over the texts of one kind in a process that has not registered it."""
+  if name not in seqio.TaskRegistry.names():
+    add_task(name, directory, kind='audio', text_kind=text_kind)
   return TaskCorpus(seqio.TaskRegistry.get(name), split)
 
 

@@ -325,6 +325,8 @@ def open_corpus(path: str | os.PathLike | Mapping[str, float] | Sequence[str], s
     corpora = tuple(open_corpus(one, split, reader) for one in path)
     if not corpora:
       raise ValueError('no record set is named')
+    if nested := [one for one, corpus in zip(path, corpora) if isinstance(corpus, Mixture)]:
+      raise ValueError(f'{nested[0]} is a mixture, which cannot be part of another here: register one mixture of all')
     return Mixture(corpora, tuple(path.values()) if isinstance(path, Mapping) else None)
   if str(path) == BUILT_IN:
     return _built_in(split)

@@ -66,7 +66,7 @@ def text_tokens(cascade: Cascade, prompts: Sequence[str]) -> jax.Array:
   """MuLan tokens of texts, int32 [B, 1, Q]. Raises ValueError for a text that `Tokenizer.encode_prompt` refuses."""
   length = cascade.part('mulan').objective.mulan.text.length
   ids_BxL = np.stack([cascade.tokenizer.encode_prompt(p, length) for p in prompts])
-  return cascade.function('mulan', 'tokens')(cascade.function('mulan', 'embed_text')(ids_BxL))
+  return cascade.function('mulan', 'text_tokens')(cascade.function('mulan', 'embed_text')(ids_BxL))
 
 
 def generate(cascade: Cascade, prompts: Sequence[str], settings: Settings = Settings(), *, seed: int = 0) -> Generated:

@@ -78,6 +78,7 @@ class MuLanTraining(Objective):
   minimum_temperature: float = 0.01
 
   mean_over_examples = False
+  asset_part = 'text'
 
   def model(self, rngs: nnx.Rngs) -> MuLan:
     return MuLan(self.mulan, rngs=rngs)

@@ -2,6 +2,8 @@
 
 The same codes stand for a clip (in training) and for a text (in generation). They are fitted on frozen
 embeddings, level after level, by k-means on what the levels before left over; `accumulate` runs the passes.
+A text and its clip lie apart by more than the finer codes do, so texts are first moved to where least squares
+expects their clips: they agree at more levels then, and nothing changes for clips.
 
 B batch, N rows, M rows of a sample, V views of a row (audio, text), E dimensions, Q levels, K codes.
 """
@@ -19,32 +21,39 @@ from musiclm_jax.nn import quantize
 from musiclm_jax.objective import Batch, Fit
 from musiclm_jax.specs import TokenSpec
 
-_CENTRE = 'centre'
+_ALIGN = 'align'
+# Of the mean variance of texts: keeps directions in which texts hardly differ from being blown up.
+_RIDGE = 1e-3
 
 
 class MuLanTokenizer(nnx.Module):
   """A frozen MuLan and the residual quantizer of its embeddings.
 
-  `centre` [2, E] is subtracted from audio (row 0) and text (row 1) embeddings before they are scaled back to
-  length 1; it is zero unless the fit was asked for it.
+  `text_map` [E, E] and `text_shift` [E] move the embeddings of texts, before they are scaled back to length 1, to those
+  that are expected of their clips; without that part of the fit they leave them as they are.
   """
 
   def __init__(self, config: MuLanConfig, levels: int, codebook_size: int, *, rngs: nnx.Rngs):
     self.encoder = MuLan(config, rngs=rngs)
     self.quantizer = quantize.ResidualQuantizer(levels, codebook_size, config.embedding, rngs=rngs)
-    self.centre = nnx.Variable(jnp.zeros((2, config.embedding)), axes=(None, None))
+    self.text_map = nnx.Variable(jnp.eye(config.embedding), axes=(None, None))
+    self.text_shift = nnx.Variable(jnp.zeros((config.embedding,)), axes=(None,))
 
   def embed_audio(self, audio_BxN: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
-    """As `MuLan.embed_audio`, centred: [B, E] of length 1."""
-    return unit(self.encoder.embed_audio(audio_BxN, length_B) - self.centre[...][0])
+    """As `MuLan.embed_audio`: [B, E] of length 1."""
+    return self.encoder.embed_audio(audio_BxN, length_B)
 
   def embed_text(self, text_BxL: jax.Array) -> jax.Array:
-    """As `MuLan.embed_text`, centred: [B, E] of length 1."""
-    return unit(self.encoder.embed_text(text_BxL) - self.centre[...][1])
+    """As `MuLan.embed_text`: [B, E] of length 1."""
+    return self.encoder.embed_text(text_BxL)
 
-  def tokens(self, embedding_BxE: jax.Array) -> jax.Array:
-    """Codes int32 [B, 1, Q] of embeddings of either kind."""
-    return self.quantizer.encode(embedding_BxE)[:, None]
+  def tokens(self, audio_BxE: jax.Array) -> jax.Array:
+    """Codes int32 [B, 1, Q] of the embeddings of clips."""
+    return self.quantizer.encode(audio_BxE)[:, None]
+
+  def text_tokens(self, text_BxE: jax.Array) -> jax.Array:
+    """Codes int32 [B, 1, Q] of the embeddings of texts, which are moved to their clips first."""
+    return self.tokens(_moved(text_BxE, self.text_map[...], self.text_shift[...]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +64,10 @@ class MuLanTokens(Fit):
     seconds: length of the clips it is fitted on; longer than the tower's window means averaged windows.
     iterations: Lloyd passes over the corpus a level.
     fit_on: "audio" as in the paper, or "both": each clip and its text count one row each.
-    centre: subtract the mean of each kind of embedding first, against the gap between the two kinds.
+    align: whether texts are moved to their clips first; batches then need texts.
 
-  The defaults are those under which a text and its clip agree most often. On 400 held-out pieces of the
-  built-in music and a small MuLan, first level of 64 codes: audio 0.74, centred 0.72; both 0.49, centred 0.73. With 256
-  codes: audio 0.52, centred 0.51; both 0.09, centred 0.28. At the second level all are below 0.15.
+  Under the defaults a text and its clip agree about as often as under any others, and the codes are those of clips
+  alone, as in the paper: docs/mulan.md has the table.
   """
 
   mulan: MuLanConfig
@@ -68,7 +76,9 @@ class MuLanTokens(Fit):
   seconds: float = 10.0
   iterations: int = 10
   fit_on: str = 'audio'
-  centre: bool = False
+  align: bool = True
+
+  asset_part = 'encoder/text'
 
   def __post_init__(self):
     if self.fit_on not in ('audio', 'both'):
@@ -80,8 +90,8 @@ class MuLanTokens(Fit):
 
   @property
   def _views(self) -> int:
-    """Embeddings a row: the text's is needed for its codes or for its mean."""
-    return 2 if self.centre or self.fit_on == 'both' else 1
+    """Embeddings a row: the text's is needed for its codes or for where it is moved."""
+    return 2 if self.align or self.fit_on == 'both' else 1
 
   def model(self, rngs: nnx.Rngs) -> MuLanTokenizer:
     return MuLanTokenizer(self.mulan, self.levels, self.codebook_size, rngs=rngs)
@@ -108,21 +118,22 @@ class MuLanTokens(Fit):
 
   def phases(self) -> tuple[tuple[str, int], ...]:
     levels = tuple((f'level_{level + 1}', self.iterations) for level in range(self.levels))
-    return ((_CENTRE, 1), *levels) if self.centre else levels
+    return ((_ALIGN, 1), *levels) if self.align else levels
 
   def _residual(self, buffers: Any, rows_NxVE: jax.Array, level: int) -> tuple[jax.Array, int]:
     """What the levels before `level` left of the rows to fit on, [N * views, E], and the views a row."""
     x_NxVxE = rows_NxVE.reshape(rows_NxVE.shape[0], self._views, -1)
-    if self.centre:
-      x_NxVxE = unit(x_NxVxE - buffers['centre'])
     used = 2 if self.fit_on == 'both' else 1
+    if used == 2:
+      moved_NxE = _moved(x_NxVxE[:, 1], buffers['text_map'], buffers['text_shift'])
+      x_NxVxE = jnp.stack([x_NxVxE[:, 0], moved_NxE], axis=1)
     x_NxE = x_NxVxE[:, :used].reshape(-1, x_NxVxE.shape[-1])
     subtract = lambda x_NxE, codes_KxE: (x_NxE - codes_KxE[quantize.nearest(x_NxE, codes_KxE)], ())
     x_NxE, _ = jax.lax.scan(subtract, x_NxE, buffers['quantizer']['codebook'][:level])
     return x_NxE, used
 
   def begin(self, buffers: Any, sample_MxD: jax.Array, phase: str, key: jax.Array) -> Any:
-    if phase == _CENTRE:
+    if phase == _ALIGN:
       return buffers
     level = _level(phase)
     residual_MxE, _ = self._residual(buffers, sample_MxD, level)
@@ -131,8 +142,10 @@ class MuLanTokens(Fit):
 
   def statistics(
       self, buffers: Any, rows_NxD: jax.Array, weight_N: jax.Array, phase: str) -> dict[str, jax.Array]:
-    if phase == _CENTRE:
-      return {'rows': weight_N.sum(), 'sum': weight_N @ rows_NxD}
+    if phase == _ALIGN:
+      products_DxD = jnp.matmul(rows_NxD.T * weight_N, rows_NxD, precision=jax.lax.Precision.HIGHEST)
+      sum_D = jnp.matmul(weight_N, rows_NxD, precision=jax.lax.Precision.HIGHEST)
+      return {'rows': weight_N.sum(), 'sum': sum_D, 'products': products_DxD}
     level = _level(phase)
     residual_NxE, used = self._residual(buffers, rows_NxD, level)
     weight_N = jnp.repeat(weight_N, used)
@@ -143,11 +156,22 @@ class MuLanTokens(Fit):
     return {'count': count_K, 'sum': sum_KxE, 'error': error_N @ weight_N}
 
   def fitted(self, buffers: Any, statistics: Any, phase: str) -> tuple[Any, dict[str, jax.Array]]:
-    """New buffers; metrics of a level are `error` (mean squared distance to the codes) and `perplexity`."""
-    if phase == _CENTRE:
-      centre_2xE = (statistics['sum'] / statistics['rows']).reshape(2, -1)
-      gap = jnp.linalg.norm(centre_2xE[0] - centre_2xE[1])
-      return {**buffers, 'centre': centre_2xE}, {'gap': gap}
+    """New buffers; metrics of a level are `error` (mean squared distance to the codes) and `perplexity`.
+
+    Those of the phase that moves texts: `gap`, the distance between the means of both kinds before, and `explained`,
+    the share of the clips' variance that their texts tell, of the pairs that the move is fitted on.
+    """
+    if phase == _ALIGN:
+      mean_2xE = (statistics['sum'] / statistics['rows']).reshape(2, -1)
+      width = mean_2xE.shape[1]
+      covariance_DxD = statistics['products'] / statistics['rows'] - jnp.outer(mean_2xE, mean_2xE)
+      texts_ExE, both_ExE = covariance_DxD[width:, width:], covariance_DxD[width:, :width]
+      ridge_ExE = (_RIDGE * jnp.trace(texts_ExE) / width + 1e-9) * jnp.eye(width)
+      map_ExE = jnp.linalg.solve(texts_ExE + ridge_ExE, both_ExE)
+      explained = jnp.sum(map_ExE * both_ExE) / jnp.maximum(jnp.trace(covariance_DxD[:width, :width]), 1e-9)
+      metrics = {'gap': jnp.linalg.norm(mean_2xE[0] - mean_2xE[1]), 'explained': explained}
+      shift_E = mean_2xE[0] - jnp.matmul(mean_2xE[1], map_ExE, precision=jax.lax.Precision.HIGHEST)
+      return {**buffers, 'text_map': map_ExE, 'text_shift': shift_E}, metrics
     level, count_K = _level(phase), statistics['count']
     codes_KxE = quantize.lloyd_step(buffers['quantizer']['codebook'][level], count_K, statistics['sum'])
     metrics = {
@@ -155,6 +179,10 @@ class MuLanTokens(Fit):
         'perplexity': quantize.perplexity(count_K),
     }
     return _with_codes(buffers, level, codes_KxE, count_K), metrics
+
+
+def _moved(text_BxE: jax.Array, map_ExE: jax.Array, shift_E: jax.Array) -> jax.Array:
+  return unit(jnp.matmul(text_BxE, map_ExE, precision=jax.lax.Precision.HIGHEST) + shift_E)
 
 
 def _level(phase: str) -> int:

@@ -216,7 +216,8 @@ def check_assets(there: Mapping[str, bytes], here: Mapping[str, bytes], where: s
   for name in sorted(there.keys() & here.keys()):
     if there[name] != here[name]:
       raise _OtherRun(f'{where} has another {name} than this experiment (SHA-256 {_sha256(there[name])} and '
-                      f'{_sha256(here[name])}); use the file that it was trained with')
+                      f'{_sha256(here[name])}); set the file that it was trained with (MULAN_VOCABULARY), or choose '
+                      'another workdir')
 
 
 def _sha256(content: bytes) -> str:

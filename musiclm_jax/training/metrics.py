@@ -25,13 +25,18 @@ class _Bar(NamedTuple):
 
   wrong: Callable[[float, float], bool]
   words: str
+  held_out_words: str
 
 
-# A loss within a hundredth of chance has learned nothing either.
+# A loss within a hundredth of chance has learned nothing either. The longest suffix counts.
 _BARS = {
-    '_chance': _Bar(lambda value, bar: value > bar - 0.01,
-                    'at its chance level {:.4f}: nothing has been learned so far'),
-    '_floor': _Bar(operator.lt, 'under its floor {:.4f}: it has collapsed'),
+    '_accuracy_chance': _Bar(
+        lambda value, bar: value < bar + 0.01, 'at its chance level {:.4f}: nothing has been learned so far',
+        'no better than its chance level {:.4f}: what was learned, if anything, holds for the training music only'),
+    '_chance': _Bar(
+        lambda value, bar: value > bar - 0.01, 'at its chance level {:.4f}: nothing has been learned so far',
+        'no better than its chance level {:.4f}: what was learned, if anything, holds for the training music only'),
+    '_floor': _Bar(operator.lt, *['under its floor {:.4f}: it has collapsed'] * 2),
 }
 
 Draw = Callable[[dict[str, np.ndarray], int], np.ndarray]  # sounds by name, their rate -> picture uint8 [H, W, 3]
@@ -167,20 +172,23 @@ class BarAlarm:
   `x_floor` something has collapsed.
   """
 
-  def __init__(self, after: int):
-    self._after = after
+  def __init__(self, after: int, *, held_out: bool = False):
+    self._after, self._held_out = after, held_out
     self._warned: set[str] = set()
 
   def __call__(self, step: int, values: Mapping[str, float]) -> None:
     if step < self._after:
       return
     for name, bar in values.items():
-      for suffix, kind in _BARS.items():
-        metric = name.removesuffix(suffix)
-        if metric == name or name in self._warned or metric not in values or not kind.wrong(values[metric], bar):
-          continue
-        self._warned.add(name)
-        logging.warning('step %d: %s is %.4f, %s', step, metric, values[metric], kind.words.format(bar))
+      suffix = next((s for s in _BARS if name.endswith(s)), None)
+      if suffix is None or name in self._warned:
+        continue
+      kind, metric = _BARS[suffix], name.removesuffix('_chance').removesuffix('_floor')
+      if metric not in values or not kind.wrong(values[metric], bar):
+        continue
+      self._warned.add(name)
+      where, words = ('held-out ', kind.held_out_words) if self._held_out else ('', kind.words)
+      logging.warning('step %d: %s%s is %.4f, %s', step, where, metric, values[metric], words.format(bar))
 
 
 class SkippedSteps:

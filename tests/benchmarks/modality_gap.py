@@ -2,8 +2,9 @@
 
   python -m tests.benchmarks.modality_gap W
 
-W is the workdir of a quickstart: its MuLan embeds the training pairs, on which maps and codes are fitted, and the
-held-out ones (descriptions in templates that training never saw), on which they are compared. Nothing of W changes.
+W is the workdir of a quickstart, or holds `records` with the built-in music, `mulan` and `mulan_tokens`: its MuLan
+embeds the training pairs, on which maps and codes are fitted, and the held-out ones (descriptions in templates that
+training never saw), on which they are compared. Nothing of W changes.
 
 N pairs, E embedding, K codes, Q levels.
 """
@@ -86,7 +87,8 @@ def embeddings(workdir: pathlib.Path, most: int) -> tuple[Pair, Pair, list[dict]
   """Training pairs and held-out pairs, and the facts of both."""
   measure = evaluate._Measure(workdir, 0, evaluate.Amounts())
   model = measure.cascade.part('mulan').model
-  train = records.RecordSet(workdir / evaluate.RECORDS, 'train')
+  pairs = workdir / evaluate.PAIRS
+  train = records.RecordSet(pairs if pairs.is_dir() else workdir / evaluate.RECORDS, 'train')
   clips, examples = measure.clips(train, most)
   batches = AudioTextBatches(train, seconds=1.0, batch_size=32, tokenizer=measure.cascade.tokenizer, text_length=72)
   texts = [batches.text_of(example, seed) for seed, example in enumerate(examples)]

@@ -1,4 +1,5 @@
 """SeqIO over record sets: batches bit-equal to direct reading; preprocessors that cannot be resumed."""
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -127,7 +128,7 @@ def test_the_kinds_of_text_are_a_mixture_at_their_rates(folders, tmp_path):
   clips = [{**clip(i), 'texts': [{'kind': k, 'text': f'{k} {i} {n}'} for k in kinds[i % 5] for n in range(2)]}
            for i in range(15)]
   records.write_records(tmp_path / 'said', {'train': clips, 'test': clips[:2]},
-                        records.Header('audio', records.audio_streams(24000)), num_shards=3)
+                        records.Header('audio', records.audio_streams(24000)), num_shards=5)
   mixtures.register_text_kinds('said', str(tmp_path / 'said'))
   mixture = source.open_corpus('task:said', 'train')
   assert {c.task.name: (len(c), rate) for c, rate in zip(mixture.corpora, mixture.rates)} == {
@@ -140,12 +141,22 @@ def test_the_kinds_of_text_are_a_mixture_at_their_rates(folders, tmp_path):
       assert len(example['texts']) == 2
       counts[kind] += 1
   assert counts == {'tags': 20, 'description': 20, 'title': 10, 'label': 10}
-  # The same through SeqIO alone, and of a split without some of the kinds.
+  assert [c.task.name for c in source.open_corpus('task:said', 'test').corpora] == ['said_tags', 'said_title']
+  with pytest.raises(ValueError, match='task:said is a mixture'):
+    source.open_corpus(['task:said', str(folders / 'audio')], 'train')
+  # Another process reads the same without having registered anything.
+  pickled = pickle.dumps(mixture)
+  seqio.TaskRegistry.reset()
+  assert_equal(dataclasses.replace(made, corpus=pickle.loads(pickled))(3), made(3))
+  # The same through SeqIO alone; a shard without any is empty.
+  one = seqio.TaskRegistry.get('said_label').source.get_dataset('train', False, 0, seqio.ShardInfo(0, 5))
+  assert not list(one)
   dataset = seqio.get_mixture_or_task('said_label').get_dataset(sequence_length=None, split='train', shuffle=False)
   assert sorted(e['texts'][0].decode() for e in dataset.as_numpy_iterator()) == sorted(
       f'label {i} 0' for i in range(15) if i % 5 in (2, 3))
-  with pytest.raises(ValueError, match="no clip in .* has a text of kind 'lyrics'"):
-    mixtures.register_text_kinds('sung', str(tmp_path / 'said'), {'lyrics': 1})
+  with pytest.raises(ValueError, match="kind 'lyrics'; there are description, label, tags, title"):
+    mixtures.register_text_kinds('sung', str(tmp_path / 'said'), {'tags': 1, 'lyrics': 1})
+  assert not [name for name in seqio.TaskRegistry.names() if name.startswith('sung')]
 
 
 def noisy(draw):
@@ -165,7 +176,8 @@ def test_preprocessors_draw_from_the_slot(folders):
   # Another order of asking, another host count: the same numbers.
   np.testing.assert_array_equal(one(3)['audio'][2:], again(3, 1, 2)['audio'])
   assert (one(3)['audio'] != plain(3)['audio']).any()
-  assert len(pickle.loads(pickle.dumps(one.corpus))) == 12
+  with pytest.raises(ValueError, match="'noisy' has preprocessors.*DATA_PROCESSES=0"):
+    pickle.dumps(one.corpus)
   assert task.name == 'noisy'
 
 

@@ -135,6 +135,17 @@ def test_the_alarm_rings_once_and_only_at_chance(caplog):
   assert len(caplog.records) == 1 and 'chance level 6.2380' in caplog.text
 
 
+def test_held_out_music_has_an_alarm_of_its_own_and_accuracies_are_better_when_higher(caplog):
+  alarm = metrics.BarAlarm(after=100, held_out=True)
+  with caplog.at_level('WARNING'):
+    alarm(100, {'masked_accuracy': 0.23, 'masked_accuracy_chance': 0.04, 'loss': 2.0, 'loss_chance': 4.0})
+    assert not caplog.records
+    alarm(200, {'masked_accuracy': 0.04, 'masked_accuracy_chance': 0.04, 'loss': 5.0, 'loss_chance': 4.96})
+  assert len(caplog.records) == 2
+  assert 'held-out loss is 5.0000, no better than its chance level 4.9600' in caplog.text
+  assert 'held-out masked_accuracy is 0.0400' in caplog.text
+
+
 def test_a_collapse_under_a_floor_is_told_once_with_step_and_figures(caplog):
   alarm = metrics.BarAlarm(after=100)
   with caplog.at_level('WARNING'):
