@@ -81,6 +81,31 @@ class TransformerConfig:
     return self.head_dim or self.width // self.heads
 
 
+@jax.custom_vjp
+def product(x_xD: jax.Array, w_DxF: jax.Array) -> jax.Array:
+  """x W over the last axis of x, [..., F].
+
+  Its own gradient, because of CPUs: there one operand of a product over rows is copied to its transpose, and whatever
+  computes that operand (a GELU and its gradient) is fused into the strided copy. The narrower one is cheaper, which is
+  not the one that the automatic rule takes: feed-forward layers with GELU train twice as fast.
+  """
+  return x_xD @ w_DxF
+
+
+def _product_backward(kept: tuple[jax.Array, jax.Array], g_xF: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x_xD, w_DxF = kept
+  rows = tuple(range(x_xD.ndim - 1))
+  over_rows = ((rows, rows), ((), ()))  # without a reshape, which would have to gather axes that are sharded
+  if x_xD.shape[-1] <= g_xF.shape[-1]:
+    dw_DxF = jax.lax.dot_general(x_xD, g_xF, over_rows)
+  else:
+    dw_DxF = jax.lax.dot_general(g_xF, x_xD, over_rows).T
+  return g_xF @ w_DxF.T, dw_DxF
+
+
+product.defvjp(lambda x, w: (x @ w, (x, w)), _product_backward)
+
+
 class Linear(nnx.Module):
   """y = x W + b, with W ~ N(0, scale^2 / in_width)."""
 
@@ -91,7 +116,7 @@ class Linear(nnx.Module):
     self.b = nnx.Param(jnp.zeros((out_width,)), axes=(None,)) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = x @ self.w[...].astype(x.dtype)
+    y = product(x, self.w[...].astype(x.dtype))
     return y if self.b is None else y + self.b[...].astype(x.dtype)
 
 

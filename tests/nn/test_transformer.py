@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from musiclm_jax.nn import transformer
-from musiclm_jax.nn.transformer import Transformer, TransformerConfig
+from musiclm_jax.nn.transformer import Transformer, TransformerConfig, product
 
 SMALL = TransformerConfig(width=16, depth=2, heads=2, mlp_width=24)
 VARIANTS = {
@@ -70,6 +70,19 @@ def test_padding_does_not_leak(x_BxLxD):
 def test_rematerialisation_changes_no_gradient(x_BxLxD):
   gradients = [jax.grad(lambda x, m=make(remat=remat): jnp.sum(jnp.square(m(x))))(x_BxLxD) for remat in (False, True)]
   np.testing.assert_allclose(*gradients, atol=1e-4)
+
+
+@pytest.mark.parametrize('widths', [(5, 9), (9, 5), (6, 6)])
+@pytest.mark.parametrize('rows', [(), (7,), (2, 3, 4)])
+def test_products_have_the_gradients_of_the_automatic_rule(widths, rows):
+  generator = np.random.default_rng(0)
+  x, w, g = (jnp.asarray(generator.normal(size=shape), jnp.float32)
+             for shape in ((*rows, widths[0]), widths, (*rows, widths[1])))
+  ours, theirs = (jax.vjp(f, x, w) for f in (product, jnp.matmul))
+  np.testing.assert_array_equal(ours[0], theirs[0])
+  for a, b in zip(ours[1](g), theirs[1](g), strict=True):
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_stacked_layers_are_the_layers_one_by_one(x_BxLxD):
