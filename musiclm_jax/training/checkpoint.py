@@ -235,7 +235,7 @@ def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[st
     if (here := lineage.get(role, there)) != there:
       raise _OtherRun(f'{where} was trained with {role} {there}, but this run has {role} {here}; '
                        'choose another workdir')
-  saved = specs.from_json(json.dumps(about['objective']))
+  saved = _objective(about, where)
   if type(saved) is not type(objective):
     raise _OtherRun(f'{where} holds a {type(saved).__name__}, but this experiment is a {type(objective).__name__}; '
                      'choose another workdir')
@@ -254,6 +254,13 @@ def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[st
       kind = 'moving average of the parameters' if item == 'ema' else item
       raise _OtherRun(f'{where} has another {kind} than this experiment ({len(there)} arrays, here {len(here)}; the '
                       f'first that differs is {min(there ^ here)}); choose another workdir or the old configuration')
+
+
+def _objective(about: Mapping[str, Any], where: pathlib.Path) -> Objective:
+  try:
+    return specs.from_json(json.dumps(about['objective']))
+  except ValueError as error:
+    raise _OtherRun(f'{where}: {error}; train it again, in another workdir') from None
 
 
 def _assets(about: Mapping[str, Any]) -> dict[str, bytes]:
@@ -301,7 +308,7 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
   Raises FileNotFoundError where there is none, ValueError where it is damaged.
   """
   place, about = _find(workdir, step)
-  objective = specs.from_json(json.dumps(about['objective']))
+  objective = _objective(about, place)
   skeleton = Skeleton.of(objective)
   params_item = 'ema' if (place / 'ema').is_dir() else 'params'
   trees = {}

@@ -69,8 +69,10 @@ static int strike(int is_inside) {
   if (!is_inside || !atomic_load(&armed)) return 0;
   if (atomic_load(&failure)) return atomic_fetch_add(&count, 1) >= atomic_load(&first) ? atomic_load(&failure) : 0;
   pthread_mutex_lock(&one_at_a_time);
-  char command[3 * PATH_MAX];
-  snprintf(command, sizeof command, "cp -a '%s' '%s/%d'", root, copies, atomic_fetch_add(&count, 1));
+  // A call that another thread has been let go on with may delete a file while it is copied: then the copy is made again.
+  char command[4 * PATH_MAX];
+  snprintf(command, sizeof command, "to='%s/%d'; for i in 1 2 3 4 5; do cp -a '%s' \"$to\" && exit 0; rm -rf \"$to\"; done; exit 1",
+           copies, atomic_fetch_add(&count, 1), root);
   if (system(command)) abort();
   pthread_mutex_unlock(&one_at_a_time);
   return 0;
