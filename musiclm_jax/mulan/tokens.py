@@ -123,14 +123,13 @@ class MuLanTokens(Fit):
   def _residual(self, buffers: Any, rows_NxVE: jax.Array, level: int) -> tuple[jax.Array, int]:
     """What the levels before `level` left of the rows to fit on, [N * views, E], and the views a row."""
     x_NxVxE = rows_NxVE.reshape(rows_NxVE.shape[0], self._views, -1)
-    used = 2 if self.fit_on == 'both' else 1
-    if used == 2:
-      moved_NxE = _moved(x_NxVxE[:, 1], buffers['text_map'], buffers['text_shift'])
-      x_NxVxE = jnp.stack([x_NxVxE[:, 0], moved_NxE], axis=1)
-    x_NxE = x_NxVxE[:, :used].reshape(-1, x_NxVxE.shape[-1])
+    used = [x_NxVxE[:, 0]]
+    if self.fit_on == 'both':
+      used.append(_moved(x_NxVxE[:, 1], buffers['text_map'], buffers['text_shift']))
+    x_NxE = jnp.stack(used, axis=1).reshape(-1, x_NxVxE.shape[-1])
     subtract = lambda x_NxE, codes_KxE: (x_NxE - codes_KxE[quantize.nearest(x_NxE, codes_KxE)], ())
     x_NxE, _ = jax.lax.scan(subtract, x_NxE, buffers['quantizer']['codebook'][:level])
-    return x_NxE, used
+    return x_NxE, len(used)
 
   def begin(self, buffers: Any, sample_MxD: jax.Array, phase: str, key: jax.Array) -> Any:
     if phase == _ALIGN:

@@ -95,10 +95,7 @@ class Tokenizer:
     """
     if length < 1:
       raise ValueError(f'encode needs length >= 1, found {length}')
-    ids = self._with_end(self._model.encode(text), length)
-    out_L = np.full(length, PAD_ID, np.int32)
-    out_L[:len(ids)] = ids
-    return out_L
+    return _padded(self._with_end(self._model.encode(text), length), length)
 
   def encode_batch(self, texts: Iterable[str], length: int) -> np.ndarray:
     """`encode` of each text, int32 [B, length]."""
@@ -119,7 +116,7 @@ class Tokenizer:
     known = [i for i in ids if i not in (self._model.unknown, self._model.end)]
     if not any(c.isalnum() for c in self._model.decode(known)):
       raise ValueError(f'the vocabulary knows nothing of the {name} {text!r}; say it in other words')
-    return self.encode(text, length)
+    return _padded(ids, length)
 
   def decode(self, ids_L: Iterable[int]) -> str:
     """The text of ids, normalised as the model does (lower case); padding is left out."""
@@ -145,6 +142,11 @@ class Tokenizer:
 
   def __repr__(self) -> str:
     return f'Tokenizer(vocab_size={self.vocab_size}, content_hash={self.content_hash[:12]})'
+
+
+def _padded(ids: list[int], length: int) -> np.ndarray:
+  """Ids int32 [length], filled up with the padding id."""
+  return np.array(ids + [PAD_ID] * (length - len(ids)), np.int32)
 
 
 class _SentencePiece:

@@ -4,7 +4,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 import functools
 import json
-import operator
 import os
 import pathlib
 import sys
@@ -21,22 +20,24 @@ from musiclm_jax.training.tensorboard import EventFile
 
 
 class _Bar(NamedTuple):
-  """What a metric whose name ends in a suffix says of the metric without it; `wrong(value, bar)` raises the alarm."""
+  """What a metric whose name ends in a suffix says of the one without it; `wrong(metric, value, bar)`: the alarm."""
 
-  wrong: Callable[[float, float], bool]
+  wrong: Callable[[str, float, float], bool]
   words: str
   held_out_words: str
 
 
-# A loss within a hundredth of chance has learned nothing either. The longest suffix counts.
+def _at_chance(metric: str, value: float, bar: float) -> bool:
+  """Within a hundredth of it nothing has been learned either; an accuracy is better when it is higher."""
+  return value < bar + 0.01 if metric.endswith('accuracy') else value > bar - 0.01
+
+
+_COLLAPSED = 'under its floor {:.4f}: it has collapsed'
 _BARS = {
-    '_accuracy_chance': _Bar(
-        lambda value, bar: value < bar + 0.01, 'at its chance level {:.4f}: nothing has been learned so far',
-        'no better than its chance level {:.4f}: what was learned, if anything, holds for the training music only'),
     '_chance': _Bar(
-        lambda value, bar: value > bar - 0.01, 'at its chance level {:.4f}: nothing has been learned so far',
+        _at_chance, 'at its chance level {:.4f}: nothing has been learned so far',
         'no better than its chance level {:.4f}: what was learned, if anything, holds for the training music only'),
-    '_floor': _Bar(operator.lt, *['under its floor {:.4f}: it has collapsed'] * 2),
+    '_floor': _Bar(lambda metric, value, bar: value < bar, _COLLAPSED, _COLLAPSED),
 }
 
 Draw = Callable[[dict[str, np.ndarray], int], np.ndarray]  # sounds by name, their rate -> picture uint8 [H, W, 3]
@@ -180,15 +181,14 @@ class BarAlarm:
     if step < self._after:
       return
     for name, bar in values.items():
-      suffix = next((s for s in _BARS if name.endswith(s)), None)
-      if suffix is None or name in self._warned:
-        continue
-      kind, metric = _BARS[suffix], name.removesuffix('_chance').removesuffix('_floor')
-      if metric not in values or not kind.wrong(values[metric], bar):
-        continue
-      self._warned.add(name)
-      where, words = ('held-out ', kind.held_out_words) if self._held_out else ('', kind.words)
-      logging.warning('step %d: %s%s is %.4f, %s', step, where, metric, values[metric], words.format(bar))
+      for suffix, kind in _BARS.items():
+        metric = name.removesuffix(suffix)
+        if (metric == name or name in self._warned or metric not in values
+            or not kind.wrong(metric, values[metric], bar)):
+          continue
+        self._warned.add(name)
+        where, words = ('held-out ', kind.held_out_words) if self._held_out else ('', kind.words)
+        logging.warning('step %d: %s%s is %.4f, %s', step, where, metric, values[metric], words.format(bar))
 
 
 class SkippedSteps:

@@ -14,6 +14,7 @@ import argparse
 import pathlib
 from collections.abc import Callable
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,18 +98,11 @@ def embeddings(workdir: pathlib.Path, most: int) -> tuple[Pair, Pair, list[dict]
   return fitted, held, [e['attributes'] for e in examples], [e['attributes'] for e in measure.held_out_pairs[1]]
 
 
-def codes_of(x_NxE: np.ndarray, codebook_QxKxE: jax.Array) -> np.ndarray:
-  index, residual_NxE = [], jnp.asarray(x_NxE)
-  for codes_KxE in codebook_QxKxE:
-    index.append(quantize.nearest(residual_NxE, codes_KxE))
-    residual_NxE = residual_NxE - codes_KxE[index[-1]]
-  return np.stack(index, -1)
-
-
 def measured(fitted: Pair, held: Pair, fit_on: str, codes: int, seed: int) -> dict[str, np.ndarray]:
   rows = {'audio': fitted[0], 'text': fitted[1], 'both': np.concatenate(fitted)}[fit_on]
-  codebook = quantize.kmeans_start(jnp.asarray(rows), LEVELS, codes, jax.random.key(seed))['codebook']
-  train, audio, text = (codes_of(x, codebook) for x in (fitted[0], *held))
+  quantizer = quantize.ResidualQuantizer(LEVELS, codes, rows.shape[1], rngs=nnx.Rngs(0))
+  quantizer.codebook[...] = quantize.kmeans_start(jnp.asarray(rows), LEVELS, codes, jax.random.key(seed))['codebook']
+  train, audio, text = (np.asarray(quantizer.encode(jnp.asarray(x))) for x in (fitted[0], *held))
   agree = mulan_figures.agreement_figures(audio, text)
   used = [quantize.perplexity(jnp.bincount(jnp.asarray(train[:, q]), length=codes)) for q in (0, 1)]
   chance = agree['text_audio_agreement_chance'][0]

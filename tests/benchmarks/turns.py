@@ -58,12 +58,13 @@ def times_as_fast(theirs: Iterable[float], ours: Iterable[float]) -> float:
   return statistics.median(a / b for a, b in zip(theirs, ours))
 
 
-def ceilings() -> tuple[Calls, dict[str, float]]:
+def ceilings(side: int = 2048, dtype: str = 'float32') -> tuple[Calls, dict[str, float]]:
   """What this machine multiplies matrices at and, on an accelerator, copies memory at; and the work of one call."""
   import jax
-  matrix, words = jax.numpy.ones((2048, 2048)), jax.numpy.ones(2 ** 26)
+  # Of random numbers: equal ones are multiplied faster on some chips.
+  matrix, words = jax.random.normal(jax.random.key(0), (side, side), dtype), jax.numpy.ones(2 ** 26)
   product, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
-  calls, work = {PRODUCTS: lambda: product(matrix).block_until_ready()}, {PRODUCTS: 2 * 2048 ** 3}
+  calls, work = {PRODUCTS: lambda: product(matrix).block_until_ready()}, {PRODUCTS: 2 * side ** 3}
   if jax.default_backend() != 'cpu':  # there most of the bytes never leave the caches
     calls[MEMORY], work[MEMORY] = lambda: copy(words).block_until_ready(), 2 * 4 * 2 ** 26
   return calls, work
