@@ -334,10 +334,6 @@ class Experiment:
     self._install(without=arguments)
     return self.root.scoped_configurable_fn(**arguments)
 
-  def bound(self, parameter: str) -> bool:
-    """Whether the files or the command line bind this parameter of `RUN`."""
-    return ('/'.join(self.root.scopes), self.root.configurable.selector, parameter) in self.used
-
   def argument(self, parameter: str) -> Any:
     """The value that `RUN` would get for a parameter (the objective, say), built now."""
     self._install()

@@ -104,7 +104,7 @@ class Walk:
       if parameter in parameters:
         self._check_type(key, value, parameters[parameter], reference.configurable.name)
     if reference.evaluate or root:
-      self._check_complete(reference, {*bound, *(self.provided if root else ())}, parameters)
+      self._check_complete(reference, {*bound, *(self.provided if root else ())}, parameters, root)
 
   def value(self, value: Any, scopes: list[str], key: Key) -> None:
     for reference in _references(value):
@@ -125,11 +125,13 @@ class Walk:
       else:
         self.configurable(reference, scopes)
 
-  def _check_complete(self, reference, bound: set[str], parameters) -> None:
+  def _check_complete(self, reference, bound: set[str], parameters, root: bool) -> None:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     missing = [name for name, p in parameters.items()
                if p.default is p.empty and p.kind in kinds and name not in bound]
-    if missing:
+    if 'workdir' in missing and root:
+      self.errors.append('--workdir is needed: where this run keeps its checkpoints and metrics')
+    elif missing:
       self.errors.append(f'{reference.selector} needs a value for {", ".join(missing)}: bind '
                          f'{reference.selector}.{missing[0]} in the experiment')
 

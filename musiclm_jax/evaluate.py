@@ -4,7 +4,7 @@ N clips, P prompts, S samples a prompt, T samples of audio, F frames, Q levels.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -33,7 +33,9 @@ from musiclm_jax.generate import pipeline
 from musiclm_jax.training import checkpoint
 
 # Where a quickstart keeps what is not a trained network.
-RECORDS, PAIRS, TOKENS, BASELINES = 'records', 'pairs', 'tokens', 'baselines'
+RECORDS, TOKENS, BASELINES = 'records', 'tokens', 'baselines'
+# Built-in music with texts: in place of texts of the records, or beside them.
+PAIRS, MORE_PAIRS = 'pairs', 'more_pairs'
 
 
 # Facts of the built-in music that are asked for as tags, and what says that a part is there.
@@ -139,21 +141,26 @@ class _Measure:
     if pairs.is_dir():
       self.notes.append('The music came without captions: MuLan was trained on the built-in music and its texts, and '
                         'what concerns texts is measured there.')
+    if (root / MORE_PAIRS).is_dir():
+      self.notes.append('MuLan was trained on the captions and on as many texts of the built-in music; what concerns '
+                        'texts is measured on held-out clips that have a caption.')
 
   @functools.cached_property
   def seconds(self) -> float:
     """Length of the clips that are compared: that of the shortest, in whole seconds, 10 s at most."""
     return float(max(1, min(10, math.floor(np.min(self.audio.durations)))))
 
-  def clips(self, corpus: records.RecordSet, count: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """The first clips of a split [N, T], and their examples without audio."""
+  def clips(self, corpus: records.RecordSet, count: int, chosen: Sequence[int] | None = None
+            ) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The first clips of a split, or the chosen ones [N, T], and their examples without audio."""
     length = specs.frames_in(self.seconds, self.rate)
-    audio_NxT = np.zeros((min(count, len(corpus)), length), np.float32)
+    chosen = chosen[:count] if chosen is not None else range(min(count, len(corpus)))
+    audio_NxT = np.zeros((len(chosen), length), np.float32)
     examples = []
-    for i in range(len(audio_NxT)):
+    for row, i in enumerate(chosen):
       example = corpus[i]
       clip = example.pop('audio')
-      audio_NxT[i, :min(length, len(clip))] = clip[:length]
+      audio_NxT[row, :min(length, len(clip))] = clip[:length]
       example['seconds'] = len(clip) / self.rate
       examples.append(example)
     return audio_NxT, examples
@@ -164,7 +171,12 @@ class _Measure:
 
   @functools.cached_property
   def held_out_pairs(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    return self.held_out if self.pairs is self.audio else self.clips(self.pairs, self.amounts.clips)
+    described = [i for i, kinds in enumerate(self.pairs.text_kinds) if kinds]
+    if not described:
+      raise FileNotFoundError(f'no held-out clip of {self.pairs.directory} has a text')
+    if self.pairs is self.audio and len(described) == len(self.audio):
+      return self.held_out
+    return self.clips(self.pairs, self.amounts.clips, described)
 
   @property
   def composed(self) -> bool:
@@ -285,13 +297,10 @@ class _Measure:
     fit_NxT, _ = self.clips(records.RecordSet(self.root / RECORDS, 'train'), self.amounts.clips)
     log_mel = probes.log_mel_tokens(fit_NxT, clips_NxT, spec.codebook_size, sample_rate=self.rate,
                                     frame_rate=spec.frame_rate, seed=self.seed)
-    clip_labels, frame_labels = {}, None
-    if self.composed:
-      clip_labels, frame_labels = semantic_figures.composer_labels(
-          [e['attributes'] for e in examples], trained.shape[1], spec.frame_rate)
+    asked = semantic_figures.composer_probes(
+        [e['attributes'] for e in examples], trained.shape[1], spec.frame_rate) if self.composed else {}
     figures = semantic_figures.semantic_figures(
-        trained, untrained, log_mel, spec.codebook_size, clip_labels=clip_labels, frame_labels=frame_labels,
-        masked=masked, seed=self.seed)
+        trained, untrained, log_mel, spec.codebook_size, asked=asked, masked=masked, seed=self.seed)
     return {**figures, 'hash': self.cascade.part('semantic').content_hash}, []
 
   # ---- stages ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import logging
 import os
@@ -16,6 +17,7 @@ import sys
 import threading
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +45,12 @@ class _Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     raise UsageError(f'{message} (see {self.prog} --help)')
+
+  def _check_value(self, action: argparse.Action, value: Any) -> None:
+    if action.choices is not None and value not in action.choices:
+      if near := difflib.get_close_matches(str(value), list(action.choices), n=1):
+        raise argparse.ArgumentError(action, f'no {value!r}; did you mean {near[0]!r}?')
+    super()._check_value(action, value)
 
 
 def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -121,8 +129,6 @@ def train(args: argparse.Namespace) -> None:
     importlib.import_module('jax').distributed.initialize(**_cluster(
         num_processes='JAX_NUM_PROCESSES', process_id='JAX_PROCESS_ID',
         heartbeat_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS', shutdown_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS'))
-  if not args.workdir and not experiment.bound('workdir'):
-    raise UsageError('--workdir is needed: where this run keeps its checkpoints and metrics')
   workdir = args.workdir or experiment.argument('workdir')
   configuration = experiment.operative()
   if args.dry_run:
@@ -215,6 +221,15 @@ def mulan(args: argparse.Namespace) -> None:
   _existing(args.audio_dir, '--audio_dir')
   print(_late('search', 'search')(args.mulan, args.audio_dir, args.query, progress=_progress,
                                   **_given(args, 'index', 'top')).text())
+
+
+def semantic(args: argparse.Namespace) -> None:
+  _existing(args.w2v, '--w2v')
+  if args.records and args.records != 'builtin':
+    _existing(args.records, '--records')
+  study = importlib.import_module('musiclm_jax.layer_study')
+  amounts = study.Amounts(**_given(args, 'clips', 'fit_clips', 'seconds', 'codes'))
+  print(study.study(args.w2v, amounts=amounts, **_given(args, 'records', 'output', 'seed')).text())
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -405,6 +420,27 @@ example:
   p.add_argument('--top', metavar='N', type=_positive(int), help='recordings shown; 10 by default')
 
 
+def _add_semantic(verb: Callable[..., _Parser]) -> None:
+  p = verb('semantic', semantic, 'choose the layer that semantic tokens are made from', '''
+actions:
+  layers       clusters of every layer of a w2v-BERT: what their tokens tell of the music, as a table and a plot,
+               beside the network before training and k-means of log-mel
+
+example:
+  musiclm semantic layers --w2v runs/w2v_bert --records data/mine
+''')
+  p.add_argument('action', metavar='ACTION', choices=('layers',), help='layers')
+  p.add_argument('--w2v', metavar='DIR', required=True, help='the run of a trained w2v-BERT')
+  p.add_argument('--records', metavar='DIR', help='music from `musiclm prepare`; default: builtin')
+  p.add_argument('--output', metavar='DIR', help='where layers.json and layers.png go; the run if not given')
+  p.add_argument('--codes', metavar='K', type=_positive(int),
+                 help='clusters a layer; as many as the network has targets if not given')
+  p.add_argument('--clips', metavar='N', type=_positive(int), help='held-out clips to ask; default: 400')
+  p.add_argument('--fit_clips', metavar='N', type=_positive(int), help='clips to fit clusters on; default: 1000')
+  p.add_argument('--seconds', metavar='S', type=_positive(float), help='of each clip at most; default: 10')
+  p.add_argument('--seed', metavar='N', type=int)
+
+
 def _add_reproduce(verb: Callable[..., _Parser]) -> None:
   p = verb('reproduce', reproduce, 'run a finished run again and compare, bit for bit', '''
 example:
@@ -424,10 +460,12 @@ example:
   p.add_argument('--workdir', metavar='DIR', required=True, help='the folder that holds the trained runs')
   p.add_argument('--prompt', metavar='TEXT', required=True)
   p.add_argument('--output', metavar='FILE', required=True, help='a .wav file')
-  p.add_argument('--seconds', metavar='S', type=_positive(float))
-  p.add_argument('--seed', metavar='N', type=int)
-  p.add_argument('--temperature', metavar='X', type=_positive(float), help='multiplies that of each stage')
-  p.add_argument('--guidance', metavar='G', type=float, help='how strongly the text is followed; 1 is plain')
+  p.add_argument('--seconds', metavar='S', type=_positive(float), help='length; default: 10')
+  p.add_argument('--seed', metavar='N', type=int, help='another one, another piece; default: 0')
+  p.add_argument('--temperature', metavar='X', type=_positive(float),
+                 help='multiplies that of each stage; default: 1, lower is tamer')
+  p.add_argument('--guidance', metavar='G', type=float,
+                 help='how strongly the text is followed; default: 1, plain sampling')
 
 
 def _add_evaluate(verb: Callable[..., _Parser]) -> None:
@@ -460,9 +498,9 @@ examples:
 ''')
   p.add_argument('--workdir', metavar='DIR', default='quickstart', help='default: ./quickstart')
   p.add_argument('--audio_dir', metavar='DIR', help='your music instead of the built-in')
-  p.add_argument('--captions', metavar='FILE')
-  p.add_argument('--size', metavar='SIZE', choices=SIZES, help=', '.join(SIZES))
-  p.add_argument('--seed', metavar='N', type=int)
+  p.add_argument('--captions', metavar='FILE', help='with --audio_dir: CSV, TSV or JSON lines: file name and text')
+  p.add_argument('--size', metavar='SIZE', choices=SIZES, help=f'{", ".join(SIZES)}; default: tiny')
+  p.add_argument('--seed', metavar='N', type=int, help='of everything that is drawn; default: 0')
 
 
 def _parser() -> _Parser:
@@ -481,8 +519,8 @@ start here:
     p.set_defaults(run=run)
     return p
 
-  for add in (_add_prepare, _add_vocabulary, _add_train, _add_extract, _add_data, _add_codec, _add_mulan,
-              _add_generate, _add_evaluate, _add_reproduce, _add_quickstart):
+  for add in (_add_prepare, _add_vocabulary, _add_train, _add_extract, _add_data, _add_codec, _add_semantic,
+              _add_mulan, _add_generate, _add_evaluate, _add_reproduce, _add_quickstart):
     add(verb)
   return parser
 
@@ -505,8 +543,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   rest, bindings = _split_bindings(argv)
   args = _parser().parse_args(rest)
   if args.verb is None:
-    raise UsageError('no verb: prepare, vocabulary, train, extract, data, codec, mulan, generate, evaluate, reproduce, '
-                     'quickstart (see musiclm --help)')
+    raise UsageError('no verb: prepare, vocabulary, train, extract, data, codec, semantic, mulan, generate, evaluate, '
+                     'reproduce, quickstart (see musiclm --help)')
   if bindings and args.verb != 'train':
     raise UsageError(f'--gin.{bindings[0][0]} belongs to `musiclm train`')
   args.gin_bindings = bindings
@@ -549,9 +587,17 @@ def _raised_here(error: BaseException) -> bool:
   return bool(files) and Path(files[-1]).is_relative_to(Path(__file__).parent)
 
 
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+  """Our own warnings are for users: a line without the place in the code. Others as Python shows them."""
+  text = (f'musiclm: warning: {message}\n' if Path(filename).is_relative_to(Path(__file__).parent) else
+          warnings.formatwarning(message, category, filename, lineno, line))
+  print(text, end='', file=file or sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
   """Runs the command and exits with its code."""
   argv = sys.argv[1:] if argv is None else list(argv)
+  warnings.showwarning = _show_warning
   show = '--traceback' in argv or os.environ.get('MUSICLM_TRACEBACK', '') not in ('', '0')
   try:
     args = _parse(argv)

@@ -22,7 +22,7 @@ import time
 import types
 from typing import Any
 
-from musiclm_jax.evaluate import BASELINES, PAIRS, RECORDS, TOKENS
+from musiclm_jax.evaluate import BASELINES, MORE_PAIRS, PAIRS, RECORDS, TOKENS
 
 _GRACE_SECONDS = 120.0  # for steps to save what they have, when the quickstart is stopped
 _REPORT_SECONDS = 10.0  # a step shows its progress at most this often
@@ -56,8 +56,10 @@ class StepFailed(RuntimeError):
 def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, size: str, seed: int) -> list[Step]:
   """The steps in the order in which they are started where nothing else decides."""
   path = lambda *parts: str(root.joinpath(*parts))
-  own_pairs = audio_dir is not None and captions is None
-  pairs = PAIRS if own_pairs else RECORDS
+  # Without texts of their own, recordings are described in the words of the built-in music. Captions are seldom enough
+  # to learn a language from: MuLan sees as many built-in pairs beside them.
+  pairs = RECORDS if audio_dir is None else MORE_PAIRS if captions else PAIRS
+  texts = str({path(RECORDS): 1, path(pairs): 1}) if captions else path(pairs)
   steps = []
   if audio_dir is None:
     steps.append(Step('prepare', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(RECORDS)),
@@ -66,10 +68,10 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
     extra = ('--captions', captions) if captions else ()
     steps.append(Step('prepare', ('prepare', '--audio_dir', audio_dir, *extra, '--output_dir', path(RECORDS)),
                       all_processors=True))
-  if own_pairs:
-    steps.append(Step('pairs', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(PAIRS)),
+  if audio_dir is not None:
+    steps.append(Step('pairs', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(pairs)),
                       all_processors=True))
-  with_pairs = ('pairs',) if own_pairs else ('prepare',)
+  with_pairs = tuple(step.name for step in steps)
 
   def train(name: str, experiment: str, after: tuple[str, ...], *, workdir: str = '', **macros: Any) -> Step:
     flags = [f'--gin.{k}={v}' for k, v in {**macros, 'SEED': seed}.items()]
@@ -79,9 +81,9 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
   return [
       *steps,
       train('codec', 'codec', ('prepare',), RECORDS=path(RECORDS)),
-      train('mulan', 'mulan', with_pairs, RECORDS=path(pairs)),
+      train('mulan', 'mulan', with_pairs, RECORDS=texts),
       train('w2v_bert', 'w2v_bert', ('prepare',), RECORDS=path(RECORDS)),
-      train('mulan_tokens', 'mulan_tokens', ('mulan',), RECORDS=path(pairs), MULAN_WORKDIR=path('mulan')),
+      train('mulan_tokens', 'mulan_tokens', ('mulan',), RECORDS=texts, MULAN_WORKDIR=path('mulan')),
       train('untrained_w2v_bert', 'w2v_bert', ('prepare',), RECORDS=path(RECORDS), NUM_STEPS=0,
             workdir=path(BASELINES, 'w2v_bert')),
       train('semantic_tokens', 'semantic_tokens', ('w2v_bert',), RECORDS=path(RECORDS), W2V_WORKDIR=path('w2v_bert')),

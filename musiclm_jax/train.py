@@ -273,7 +273,11 @@ class _Run:
       raise ValueError(f'batch {size} is not a multiple of {microbatches} microbatches')
 
   def describe(self, batches: Batches, num_steps: int) -> str:
-    """The resolved experiment in plain lines."""
+    """The resolved experiment: its settings, then what it comes to in a few plain lines.
+
+    Raises what a run would raise where the parameters that it starts from cannot be read.
+    """
+    started_from = self.donor_lineage()
     latest = checkpoint.latest_step(self.workdir)
     sizes = {name: 0 for name in self.objective.groups}
     for leaf, label in zip(jax.tree.leaves(self.abstract.params),
@@ -281,14 +285,15 @@ class _Run:
       sizes[label] += leaf.size
     batch = {k: f'{v.dtype}{list(v.shape)}' for k, v in self.objective.batch_spec(batches.batch_size).items()}
     lines = [
+        specs.to_json(self.objective),
         f'objective   {type(self.objective).__name__} {specs.fingerprint(self.objective)}',
         f'parameters  {sum(sizes.values()):,} ' + ', '.join(f'{k} {v:,}' for k, v in sizes.items()),
         f'mesh        {dict(self.partitioner.mesh.shape)}',
         f'batch       {batch}',
         f'reads       {getattr(batches, "fingerprint", batches)}',
+        *(f'starts from {role} {content}' for role, content in started_from.items()),
         f'writes      {pathlib.Path(self.workdir).absolute()}',
         f'steps       {latest or 0} to {num_steps}',
-        specs.to_json(self.objective),
     ]
     return '\n'.join(lines)
 

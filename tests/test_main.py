@@ -196,14 +196,14 @@ def test_files_are_found_along_the_search_path(folder, tmp_path_factory):
 
 @pytest.mark.parametrize(('argv', 'code', 'message'), [
     ([], 2, 'no verb'),
-    (['trian'], 2, "invalid choice: 'trian'"),
+    (['trian'], 2, "no 'trian'; did you mean 'train'?"),
     (['train'], 2, '--gin_file'),
     (['train', '--gin_fil', 'x'], 2, '--gin_file'),
     (['train', '--gin_file', 'toy.gin', '--gin.X'], 2, '--gin.X: write --gin.NAME=VALUE'),
     (['train', '--gin_file', 'toi.gin', '--workdir', 'w'], 2, "no gin file 'toi.gin'; did you mean 'toy"),
     (['train', '--gin_file', 'toy.gin', '--gin.SECNDS=2', '--workdir', 'w'], 2, "did you mean 'SECONDS'?"),
     (['train', '--gin_file', 'toy.gin', '--workdir', 'w'], 2, 'needs values for SECONDS'),
-    (['train', '--gin_file', 'toy.gin', '--gin.SECONDS=2'], 2, '--workdir is needed'),
+    (['train', '--gin_file', 'experiments/codec.gin'], 2, '--workdir is needed'),
     (['train', '--gin_file', 'toy.gin', '--gin.SECONDS=2', '--workdir', 'toy.gin/w'], 1, 'cannot write to'),
     (['quickstart', '--gin.X=3'], 2, '--gin.X belongs to `musiclm train`'),
     (['quickstart', '--size', 'huge'], 2, "invalid choice: 'huge'"),

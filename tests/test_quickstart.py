@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from musiclm_jax import quickstart
+from musiclm_jax.data import composer
+from musiclm_jax.data.audio_files import write_wav
 from musiclm_jax.training import checkpoint
 from tests.trainings import as_a_user
 
@@ -98,3 +100,23 @@ def test_a_failing_step_ends_it_with_one_line(environment, tmp_path):
                         capture_output=True, text=True, timeout=900)
   assert done.returncode == 1
   assert 'step prepare failed' in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_dozen_recordings_of_which_some_have_captions(environment, tmp_path):
+  music = tmp_path / 'music'
+  music.mkdir()
+  rows = ['file,caption']
+  for i, clip in enumerate(composer.Corpus(seed=5, first=0, size=14, seconds=6.0, split='train')):
+    write_wav(music / f'{i}.wav', clip['audio'], composer.SAMPLE_RATE)
+    if i % 3:
+      rows.append(f'{i}.wav,"a recording of number {i}, quietly"')
+  (tmp_path / 'captions.csv').write_text('\n'.join(rows))
+  done = subprocess.run(
+      arguments(tmp_path / 'w', '--audio_dir', str(music), '--captions', str(tmp_path / 'captions.csv')),
+      env=environment, capture_output=True, text=True, timeout=1500)
+  assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+  report = json.loads((tmp_path / 'w' / 'report.json').read_text())
+  assert any('captions' in note for note in report['notes'])
+  assert 'have no text' in (tmp_path / 'w' / 'logs' / 'mulan.log').read_text()
+  assert list((tmp_path / 'w' / 'samples').glob('prompt*.wav'))

@@ -106,7 +106,7 @@ class Batches:
     message = self._unusable_message(lost, sum(len(c) for c in corpora))
     if self.unusable == 'refuse':
       raise ValueError(message)
-    warnings.warn(f'{message}; they are left out', stacklevel=4)
+    warnings.warn(f'{message}; they are left out', stacklevel=1)
     kept = [c if m is None or m.all() else source.Subset(c, np.flatnonzero(m))
             for c, m in zip(corpora, masks)]
     if rates is not None:

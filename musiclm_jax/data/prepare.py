@@ -107,7 +107,7 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
       raise audio_files.nothing_usable(audio_dir, skipped)
     if texts and texts.unmatched:
       warnings.warn(f'{len(texts.unmatched)} rows of {captions} name no recording of {audio_dir}, for '
-                    f'example {texts.unmatched[0]!r}', stacklevel=2)
+                    f'example {texts.unmatched[0]!r}', stacklevel=1)
       skipped['caption without a recording'].extend(texts.unmatched)
     shards = _shard(_split(recordings, held_out_share), num_shards)
     work = [(os.fspath(output_dir), split, i, len(parts), part, header)
@@ -197,7 +197,7 @@ def _split(recordings: Sequence[Recording], share: float) -> dict[str, list[Reco
       count += len(groups[group])
   if share > 0 and not held_out:
     warnings.warn(f'{len(recordings)} recordings in {len(groups)} groups (artists) cannot be split: nothing '
-                  'is held out', stacklevel=3)
+                  'is held out', stacklevel=1)
   return {'train': [r for r in recordings if r.group not in held_out],
           'test': [r for r in recordings if r.group in held_out]}
 

@@ -317,8 +317,8 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
   try:
     document = json.loads(path.read_bytes())
   except (FileNotFoundError, NotADirectoryError):
-    raise FileNotFoundError(f'{directory} is not a record set: it has no {MANIFEST} (one that was '
-                            'interrupted has none yet: run the command that makes it again)') from None
+    raise FileNotFoundError(f'{directory} is not a record set: it has no {MANIFEST}. `musiclm prepare` makes one of a '
+                            'folder of music; where it or `extract` was interrupted, run it again') from None
   except ValueError as error:
     raise ValueError(f'{path} is damaged: {error}') from None
   version = document.get('format') if isinstance(document, dict) else None

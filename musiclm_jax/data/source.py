@@ -345,7 +345,7 @@ def open_corpus(path: str | os.PathLike | Mapping[str, float] | Sequence[str], s
   except ImportError as error:
     if reader == 'seqio':
       raise
-    warnings.warn(f'SeqIO cannot be imported ({error}); the records are read without it', stacklevel=2)
+    warnings.warn(f'SeqIO cannot be imported ({error}); the records are read without it', stacklevel=1)
     return corpus
   return seqio_source.open_records(path, split)
 

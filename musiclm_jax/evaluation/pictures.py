@@ -181,6 +181,29 @@ def rate_distortion(curves: Mapping[str, tuple[Sequence[float], Sequence[Sequenc
   return _bytes(figure, 'png')
 
 
+def over_layers(panels: Mapping[str, tuple[Mapping[str, Sequence[float]], Mapping[str, float]]],
+                layers: Sequence[str]) -> bytes:
+  """A PNG with a panel for each name: curves over the layers, and horizontal lines."""
+  columns = min(4, len(panels))
+  figure = matplotlib_figure.Figure(figsize=(3.4 * columns, 2.6 * -(-len(panels) // columns)), dpi=130,
+                                    layout='constrained')
+  grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).reshape(-1)
+  for axes in grid[len(panels):]:
+    axes.set_visible(False)
+  for axes, (name, (curves, lines)) in zip(grid, panels.items()):
+    for i, (label, values) in enumerate(curves.items()):
+      axes.plot(layers, values, color=_COLOURS[i // 2], ls=':' if i % 2 else '-', marker='o', ms=3, lw=1.4, label=label)
+    for style, (label, value) in zip(('--', ':', '-.'), lines.items()):
+      axes.axhline(value, color=_COLOURS[-1], ls=style, lw=1.1, label=label)
+    for side in ('top', 'right'):
+      axes.spines[side].set_visible(False)
+    axes.grid(color='#e5e7eb', lw=0.6)
+    axes.set_title(name, fontsize=9)
+    axes.tick_params(labelsize=7)
+  grid[0].legend(fontsize=6, frameon=False)
+  return _bytes(figure, 'png')
+
+
 def _smooth(values_N: np.ndarray) -> np.ndarray:
   """Running mean over a twentieth of the curve, shorter at its ends."""
   radius = max(1, len(values_N) // 40)

@@ -4,8 +4,10 @@ N clips, F frames, K codes, M mel bands.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,82 +32,102 @@ def histograms(tokens_NxF: np.ndarray, codebook_size: int) -> np.ndarray:
   return np.sqrt(counts_NxK / tokens_NxF.shape[1])
 
 
-def local_histograms(
-    tokens_NxF: np.ndarray, codebook_size: int, frames: np.ndarray, *, radius: int) -> np.ndarray:
-  """`histograms` of the tokens within `radius` frames of each of `frames`, [N, len(frames), K]."""
-  length = np.shape(tokens_NxF)[1]
-  parts = [histograms(tokens_NxF[:, max(0, f - radius):min(length, f + radius + 1)], codebook_size)
-           for f in frames]
-  return np.stack(parts, axis=1)
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """What is to be read from tokens: labels of clips [N], or of frames [N, F] by the tokens around them.
 
-
-def probe_accuracy(
-    x_NxD: np.ndarray, labels_N: Sequence[str], groups_N: np.ndarray, *, folds: int = 5, seed: int = 0,
-) -> float:
-  """Accuracy of logistic regression on rows of groups (clips) that it was not fitted on.
-
-  Cross-validated over groups, so that every row counts once. One fixed strength of regularisation for all
-  tokenizers and all labels: nothing is tuned. Rows labelled UNKNOWN are left out.
+  Attributes:
+    radius: of frames, the tokens at most so far away are read.
+    stride: of frames, every how many one is asked for.
   """
-  labels_N = np.asarray(labels_N, dtype=str)
-  known = labels_N != UNKNOWN
-  x_NxD, labels_N, groups_N = np.asarray(x_NxD)[known], labels_N[known], np.asarray(groups_N)[known]
-  groups = len(np.unique(groups_N))
-  if groups < folds or len(np.unique(labels_N)) < 2:
-    raise ValueError(f'probe: {groups} labelled clips with labels {sorted(set(labels_N))} are too few for '
-                     f'{folds} folds')
-  correct = np.zeros(len(labels_N), bool)
-  split = model_selection.GroupKFold(folds, shuffle=True, random_state=seed)
-  for fit, test in split.split(x_NxD, labels_N, groups_N):
-    if len(np.unique(labels_N[fit])) < 2:
-      correct[test] = labels_N[test] == labels_N[fit][0]
-      continue
-    probe = pipeline.make_pipeline(
-        preprocessing.StandardScaler(), linear_model.LogisticRegression(C=0.02, max_iter=300, tol=1e-3))
-    correct[test] = probe.fit(x_NxD[fit], labels_N[fit]).predict(x_NxD[test]) == labels_N[test]
-  return float(correct.mean())
+
+  labels: np.ndarray
+  radius: int = 12
+  stride: int = 12
+
+  @property
+  def chosen(self) -> tuple[np.ndarray, np.ndarray]:
+    """Clips [R] and frames [R] of the rows whose label is known; frames are 0 where whole clips are read."""
+    labels = np.asarray(self.labels, str)
+    if labels.ndim == 1:
+      clips = np.flatnonzero(labels != UNKNOWN)
+      return clips, np.zeros_like(clips)
+    asked_F = np.arange(self.stride // 2, labels.shape[1], self.stride)
+    clips, place = np.nonzero(labels[:, asked_F] != UNKNOWN)
+    return clips, asked_F[place]
+
+  @property
+  def answers(self) -> np.ndarray:
+    """Labels [R] of those rows."""
+    clips, frames = self.chosen
+    labels = np.asarray(self.labels, str)
+    return labels[clips] if labels.ndim == 1 else labels[clips, frames]
+
+  def read(self, tokens_NxF: np.ndarray, codebook_size: int) -> np.ndarray:
+    """What the rows are read from: `histograms` of a clip, or of the tokens around a frame, [R, K]."""
+    clips, frames = self.chosen
+    labels = np.asarray(self.labels)
+    if labels.ndim == 1:
+      return histograms(tokens_NxF[clips], codebook_size)
+    length = np.shape(tokens_NxF)[1]
+    if labels.shape[1] != length:
+      raise ValueError(f'labels for {labels.shape[1]} frames, tokens for {length}')
+    rows = np.empty((len(clips), codebook_size), np.float32)
+    for frame in np.unique(frames):
+      mine = frames == frame
+      window = tokens_NxF[clips[mine], max(0, frame - self.radius):frame + self.radius + 1]
+      rows[mine] = histograms(window, codebook_size)
+    return rows
 
 
-def probe_figures(
-    tokens: Mapping[str, np.ndarray], codebook_size: int, clip_labels: Mapping[str, Sequence[str]],
-    frame_labels: Mapping[str, np.ndarray] | None = None, *, frame_radius: int = 12, frame_stride: int = 12,
-    folds: int = 5, seed: int = 0) -> dict[str, dict[str, float]]:
-  """Accuracy of the same probe on the tokens of each tokenizer, beside chance.
+def answered(probe: Probe, tokens_NxF: np.ndarray, codebook_size: int, *, heard_NxF: np.ndarray | None = None,
+             apart_N: np.ndarray | None = None, folds: int = 5, seed: int = 0) -> np.ndarray:
+  """Which rows a logistic regression answers rightly that was fitted on other clips, bool [R].
+
+  Cross-validated over groups of clips, so that every row counts once. One fixed strength of regularisation for all
+  tokenizers and all labels: nothing is tuned.
 
   Args:
-    tokens: tokenizer name ("trained", "untrained", "log_mel") -> int [N, F] of the same clips.
-    clip_labels: probe name ("tempo", "meter", "drum_style", "timbre") -> N labels.
-    frame_labels: probe name ("chord") -> labels [N, F]; probed every `frame_stride` frames from the tokens
-      within `frame_radius`.
-
-  Returns {probe: {tokenizer: accuracy, ..., 'chance': share of the most frequent label, 'clips': N}}.
+    heard_NxF: tokens of the same clips to answer from, where they are not the ones to fit on (clips with noise, say).
+    apart_N: a group of each clip; those of one group are never both fitted on and asked for (one by one as it comes).
   """
-  figures: dict[str, dict[str, float]] = {}
-  clips = {name: histograms(t, codebook_size) for name, t in tokens.items()}
-  for probe, labels in clip_labels.items():
-    rows = np.arange(len(labels))
-    figures[probe] = _one_probe(clips, np.asarray(labels, dtype=str), rows, folds, seed)
-  if not frame_labels:
-    return figures
-  length = next(iter(tokens.values())).shape[1]
-  frames = np.arange(frame_stride // 2, length, frame_stride)
-  local = {
-      name: local_histograms(t, codebook_size, frames, radius=frame_radius).reshape(-1, codebook_size)
-      for name, t in tokens.items()}
-  for probe, labels_NxF in frame_labels.items():
-    labels_NxF = np.asarray(labels_NxF, dtype=str)
-    if labels_NxF.shape[1] != length:
-      raise ValueError(f'probe {probe!r}: labels for {labels_NxF.shape[1]} frames, tokens for {length}')
-    groups = np.repeat(np.arange(len(labels_NxF)), len(frames))
-    figures[probe] = _one_probe(local, labels_NxF[:, frames].reshape(-1), groups, folds, seed)
+  clips, _ = probe.chosen
+  answers = probe.answers
+  groups = (np.arange(len(probe.labels)) if apart_N is None else np.asarray(apart_N))[clips]
+  folds = min(folds, len(np.unique(groups))) if apart_N is not None else folds
+  if len(np.unique(groups)) < folds or folds < 2 or len(np.unique(answers)) < 2:
+    raise ValueError(f'probe: {len(np.unique(groups))} labelled clips or groups with labels {sorted(set(answers))} are '
+                     f'too few for {folds} folds')
+  fit_on = probe.read(tokens_NxF, codebook_size)
+  asked = fit_on if heard_NxF is None else probe.read(heard_NxF, codebook_size)
+  right = np.zeros(len(answers), bool)
+  split = model_selection.GroupKFold(folds, shuffle=True, random_state=seed)
+  for fit, test in split.split(fit_on, answers, groups):
+    if len(np.unique(answers[fit])) < 2:
+      right[test] = answers[test] == answers[fit][0]
+      continue
+    model = pipeline.make_pipeline(
+        preprocessing.StandardScaler(), linear_model.LogisticRegression(C=0.02, max_iter=300, tol=1e-3))
+    right[test] = model.fit(fit_on[fit], answers[fit]).predict(asked[test]) == answers[test]
+  return right
+
+
+def probe_figures(tokens: Mapping[str, np.ndarray], codebook_size: int, asked: Mapping[str, Probe], *, folds: int = 5,
+                  seed: int = 0) -> dict[str, dict[str, Any]]:
+  """Accuracy of the same probes on the tokens int [N, F] of each tokenizer, beside chance.
+
+  Returns {probe: {tokenizer: accuracy, tokenizer_interval: of 95% over clips, ..., 'chance': share of the most frequent
+  label, 'clips': how many have one}}.
+  """
+  figures: dict[str, dict[str, Any]] = {}
+  for name, probe in asked.items():
+    clips, _ = probe.chosen
+    figures[name] = {'chance': statistics.majority_share(probe.answers), 'clips': len(np.unique(clips))}
+    for tokenizer, tokens_NxF in tokens.items():
+      right = answered(probe, tokens_NxF, codebook_size, folds=folds, seed=seed)
+      interval = statistics.bootstrap_interval(right, clips, seed=seed)
+      figures[name] |= {tokenizer: interval.value, f'{tokenizer}_interval': [interval.low, interval.high]}
   return figures
-
-
-def _one_probe(rows: Mapping[str, np.ndarray], labels: np.ndarray, groups: np.ndarray, folds: int, seed: int):
-  known = labels != UNKNOWN
-  scores = {name: probe_accuracy(x, labels, groups, folds=folds, seed=seed) for name, x in rows.items()}
-  return {**scores, 'chance': statistics.majority_share(labels[known]),
-          'clips': int(len(np.unique(groups[known])))}
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -113,22 +135,25 @@ def _log_mel(x_BxN: jax.Array, config: spectral.MelConfig) -> jax.Array:
   return spectral.log_mel(x_BxN, config)
 
 
-def log_mel_tokens(
-    fit_NxT: np.ndarray, audio_NxT: np.ndarray, codebook_size: int, *, frame_rate: float = 25.0,
-    sample_rate: int = 24000, bands: int = 64, seed: int = 0, batch_size: int = 16) -> np.ndarray:
-  """Tokens of a k-means of plain log-mel frames: the baseline that knows no learning, int32 [N, F].
+def log_mel_rows(audio_NxT: np.ndarray, *, frame_rate: float = 25.0, sample_rate: int = 24000, bands: int = 64,
+                 batch_size: int = 16) -> np.ndarray:
+  """Plain log-mel frames at the rate of the tokens, float32 [N, F, M]."""
+  hop = round(sample_rate / frame_rate)
+  config = spectral.MelConfig(sample_rate=sample_rate, window=2 * hop, hop=hop, bands=bands)
+  return batched.in_batches(lambda b: _log_mel(b, config), np.asarray(audio_NxT, np.float32), batch_size=batch_size)
+
+
+def log_mel_tokens(fit_NxT: np.ndarray, audio_NxT: np.ndarray, codebook_size: int, *, seed: int = 0,
+                   **options: Any) -> np.ndarray:
+  """Tokens of a k-means of `log_mel_rows`: the baseline that knows no learning, int32 [N, F].
 
   Fitted on the clips `fit`, applied to `audio`; bands are normalised by their mean and deviation first, as
   the semantic tokenizer does with its features.
   """
-  hop = round(sample_rate / frame_rate)
-  config = spectral.MelConfig(sample_rate=sample_rate, window=2 * hop, hop=hop, bands=bands)
-  rows = lambda x: batched.in_batches(
-      lambda b: _log_mel(b, config), np.asarray(x, np.float32), batch_size=batch_size)
-  fit_MxD = rows(fit_NxT).reshape(-1, bands)
-  scaler = preprocessing.StandardScaler().fit(fit_MxD)
+  fit_NxFxM, mels_NxFxM = (log_mel_rows(x, **options) for x in (fit_NxT, audio_NxT))
+  bands = fit_NxFxM.shape[-1]
+  scaler = preprocessing.StandardScaler().fit(fit_NxFxM.reshape(-1, bands))
   means = cluster.MiniBatchKMeans(codebook_size, batch_size=4096, n_init=1, max_iter=30, random_state=seed)
-  means.fit(scaler.transform(fit_MxD))
-  mels_NxFxM = rows(audio_NxT)
+  means.fit(scaler.transform(fit_NxFxM.reshape(-1, bands)))
   tokens = means.predict(scaler.transform(mels_NxFxM.reshape(-1, bands)))
   return tokens.reshape(mels_NxFxM.shape[:2]).astype(np.int32)

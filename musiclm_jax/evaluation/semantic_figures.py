@@ -5,6 +5,7 @@ N clips, T samples, F frames, K codes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+import math
 from typing import Any
 
 from flax import nnx
@@ -13,6 +14,7 @@ import numpy as np
 
 from musiclm_jax.data import token_counts
 from musiclm_jax.evaluation import batched, probes
+from musiclm_jax.evaluation.probes import Probe, UNKNOWN
 from musiclm_jax.objective import Aux
 from musiclm_jax.training import metrics, state as states
 
@@ -40,21 +42,44 @@ def masked_figures(
   return {name: measured[name] for name in keep if name in measured}
 
 
-def composer_labels(
-    attributes: Sequence[Mapping[str, Any]], frames: int, frame_rate: float,
-) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
-  """Labels for the probes from the composer's ground truth: one a clip each, and chords [N, F] by frame.
+def composer_probes(attributes: Sequence[Mapping[str, Any]], frames: int, frame_rate: float) -> dict[str, Probe]:
+  """What to ask of the built-in music, from its ground truth: facts of whole clips, and the chord of a frame.
 
   A frame has the chord that sounds at its centre. Facts that a piece lacks are unknown.
   """
-  clips = {
-      probe: [str(a.get(fact, probes.UNKNOWN)) for a in attributes] for probe, fact in CLIP_PROBES.items()}
+  asked = {name: Probe(np.array([str(a.get(fact, UNKNOWN)) for a in attributes])) for name, fact in CLIP_PROBES.items()}
+  chords = [(a['chord_times'], a['chord_names']) for a in attributes]
+  return {**asked, 'chord': Probe(_begun(chords, frames, frame_rate))}
+
+
+def note_probes(attributes: Sequence[Mapping[str, Any]], frames: int, frame_rate: float) -> dict[str, Probe]:
+  """Finer ones: the pitch class of the lead, and whether one of its notes begins in a frame.
+
+  The pitch class is that of the note begun last, at most a second ago, read from three tokens. Notes that begin are
+  asked for as often as frames amid two beginnings, each read from its own token.
+  """
+  notes = [(np.array(a['melody_times']), [str(pitch % 12) for pitch in a['melody_pitches']]) for a in attributes]
+  onsets = np.full((len(notes), frames), UNKNOWN, dtype='<U6')
+  for row, (times, _) in zip(onsets, notes):
+    begun = np.unique((times * frame_rate).astype(int))
+    begun = begun[begun < frames]
+    middle = (begun[:-1] + begun[1:]) // 2
+    row[middle[np.diff(begun) > 2]] = 'held'
+    row[begun] = 'begins'
+  pitch = _begun(notes, frames, frame_rate, longest=1.0)
+  return {'pitch_class': Probe(pitch, radius=1, stride=6), 'onset': Probe(onsets, radius=0, stride=1)}
+
+
+def _begun(events: Sequence[tuple[Sequence[float], Sequence[str]]], frames: int, frame_rate: float,
+           longest: float = math.inf) -> np.ndarray:
+  """Of events (seconds, name) of each clip the name of the one begun last at a frame's centre, [N, F]."""
   centres_F = (np.arange(frames) + 0.5) / frame_rate
-  chords = []
-  for a in attributes:
-    begun_F = np.searchsorted(a['chord_times'], centres_F, side='right')
-    chords.append(np.array([probes.UNKNOWN, *a['chord_names']])[begun_F])
-  return clips, {'chord': np.array(chords)}
+  rows = []
+  for times, names in events:
+    begun_F = np.searchsorted(times, centres_F, side='right')
+    age_F = centres_F - np.array([-math.inf, *times])[begun_F]
+    rows.append(np.where(age_F <= longest, np.array([UNKNOWN, *names])[begun_F], UNKNOWN))
+  return np.array(rows)
 
 
 def tokens(model: Any, audio_NxT: np.ndarray, *, batch_size: int = 8) -> np.ndarray:
@@ -65,15 +90,14 @@ def tokens(model: Any, audio_NxT: np.ndarray, *, batch_size: int = 8) -> np.ndar
 
 def semantic_figures(
     trained_NxF: np.ndarray, untrained_NxF: np.ndarray, log_mel_NxF: np.ndarray, codebook_size: int, *,
-    clip_labels: Mapping[str, Sequence[str]], frame_labels: Mapping[str, np.ndarray] | None = None,
-    masked: Mapping[str, float] | None = None, seed: int = 0) -> dict[str, Any]:
+    asked: Mapping[str, Probe] | None = None, masked: Mapping[str, float] | None = None, seed: int = 0,
+) -> dict[str, Any]:
   """Figures of section `semantic` of the report.
 
   Args:
     trained_NxF, untrained_NxF, log_mel_NxF: tokens of the same held-out clips from the tokenizer, from one
       made in the same way on the network before training, and from k-means of log-mel, all of K codes.
-    clip_labels: 'tempo', 'meter', 'drum_style', 'timbre' -> a label for each clip ('' where unknown).
-    frame_labels: 'chord' -> labels [N, F] ('' where there is none).
+    asked: what is to be read from them, by name.
     masked: the result of `masked_figures`.
   """
   shapes = {np.shape(t) for t in (trained_NxF, untrained_NxF, log_mel_NxF)}
@@ -88,7 +112,6 @@ def semantic_figures(
           name: float(token_counts.perplexity(counts_1xK)[0]) / codebook_size
           for name, counts_1xK in counted.items()},
   }
-  if clip_labels or frame_labels:
-    figures['probes'] = probes.probe_figures(
-        by_tokenizer, codebook_size, clip_labels, frame_labels, seed=seed)
+  if asked:
+    figures['probes'] = probes.probe_figures(by_tokenizer, codebook_size, asked, seed=seed)
   return figures

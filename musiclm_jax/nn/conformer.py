@@ -166,11 +166,7 @@ class Conformer(nnx.Module):
 
     `valid` marks the frames that are not padding; `keys_B` turn dropout on.
     """
-    positions = jnp.arange(x_BxTxD.shape[1])[None]
-
-    def run(block, x, index):
-      keys = None if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys_B)
-      return block(x, positions, valid_BxT=valid_BxT, keys_B=keys)
+    run = self._block(x_BxTxD.shape[1], valid_BxT, keys_B)
 
     def layer(block, x, index):
       if num_layers is None or num_layers == self.config.depth:
@@ -180,3 +176,19 @@ class Conformer(nnx.Module):
 
     x, _ = self.layers.scan(layer, x_BxTxD, jnp.arange(self.config.depth))
     return x
+
+  def every_layer(self, x_BxTxD: jax.Array, *, valid_BxT: jax.Array | None = None) -> jax.Array:
+    """Output of each block, [N, B, T, D]; the last is that of the stack."""
+    run = self._block(x_BxTxD.shape[1], valid_BxT, None)
+    _, y_NxBxTxD = self.layers.scan(lambda block, x, index: (y := run(block, x, index), y), x_BxTxD,
+                                    jnp.arange(self.config.depth))
+    return y_NxBxTxD
+
+  def _block(self, length: int, valid_BxT: jax.Array | None, keys_B: jax.Array | None):
+    positions = jnp.arange(length)[None]
+
+    def run(block, x, index):
+      keys = None if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys_B)
+      return block(x, positions, valid_BxT=valid_BxT, keys_B=keys)
+
+    return run

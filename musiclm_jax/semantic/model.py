@@ -65,6 +65,12 @@ class W2vBertConfig:
   def frame_rate(self) -> float:
     return self.mel.sample_rate / self.samples_per_frame
 
+  @property
+  def layer_names(self) -> tuple[str, ...]:
+    """Of what `W2vBert.every_layer` gives: the convolutions, then the blocks of both stacks, counted from 1."""
+    blocks = lambda name, depth: (f'{name} {i}' for i in range(1, depth + 1))
+    return ('convolutions', *blocks('contrastive', self.contrastive.depth), *blocks('masked', self.masked.depth))
+
 
 class Codes(NamedTuple):
   """What `GumbelQuantizer` makes of features.
@@ -197,6 +203,13 @@ class W2vBert(nnx.Module):
       valid_BxT = jnp.arange(audio_BxN.shape[1] // size) < (length_B // size)[:, None]
     x = self.contrastive(self.input(self.features(audio_BxN, valid_BxT)), valid_BxT=valid_BxT)
     return self.masked(x, valid_BxT=valid_BxT, num_layers=layer).astype(jnp.float32)
+
+  def every_layer(self, audio_BxN: jax.Array) -> jax.Array:
+    """Features after each of `config.layer_names`, nothing masked, float32 [layers, B, N // 960, D]."""
+    x_BxTxD = self.features(audio_BxN)
+    contrastive = self.contrastive.every_layer(self.input(x_BxTxD))
+    masked = self.masked.every_layer(contrastive[-1])
+    return jnp.concatenate([x_BxTxD[None], contrastive, masked]).astype(jnp.float32)
 
 
 def mel_statistics(audio_BxN: jax.Array, config: MelConfig) -> tuple[jax.Array, jax.Array]:

@@ -293,7 +293,7 @@ def test_a_rewriting_that_dies_is_an_unfinished_set_that_can_be_finished(audio_s
     return index != 0
   with pytest.raises(RuntimeError, match='no more'):
     records.rewrite(audio_set, 'train', keep, 'not wanted')
-  with pytest.raises(FileNotFoundError, match='run the command that makes it again'):
+  with pytest.raises(FileNotFoundError, match='was interrupted, run it again'):
     records.RecordSet(audio_set, 'train')
   assert records.difference(audio_set, AUDIO) is None
   made = records.finish(audio_set, AUDIO, {'train': 3, 'test': 1})

@@ -25,16 +25,18 @@ def token_sets():
 
 def test_probes_find_what_is_there_and_nothing_where_there_is_none():
   tokens, classes, chords = token_sets()
-  labels = {'tempo': [('slow', 'fast')[c] for c in classes]}
+  asked = {'tempo': probes.Probe(np.array(['slow', 'fast'])[classes]),
+           'chord': probes.Probe(np.array(['C', 'F'])[chords])}
   figures = semantic_figures.semantic_figures(
-      tokens['trained'], tokens['untrained'], tokens['log_mel'], K, clip_labels=labels,
-      frame_labels={'chord': np.array(['C', 'F'])[chords]}, masked={'masked_cross_entropy': 1.0})
+      tokens['trained'], tokens['untrained'], tokens['log_mel'], K, asked=asked, masked={'masked_cross_entropy': 1.0})
   for probe in ('tempo', 'chord'):
     found = figures['probes'][probe]
     assert found['trained'] > 0.95
     assert abs(found['untrained'] - 0.5) < 0.2
     assert abs(found['log_mel'] - 0.5) < 0.2
     assert 0.5 <= found['chance'] < 0.65
+    low, high = found['trained_interval']
+    assert low <= found['trained'] <= high and high - low < 0.15
   assert figures['masked_cross_entropy'] == 1.0
   assert figures['probes']['tempo']['clips'] == CLIPS
 
@@ -42,14 +44,14 @@ def test_probes_find_what_is_there_and_nothing_where_there_is_none():
 def test_unknown_labels_are_left_out():
   tokens, classes, _ = token_sets()
   labels = [('slow', 'fast')[c] if i % 2 else probes.UNKNOWN for i, c in enumerate(classes)]
-  figures = probes.probe_figures({'trained': tokens['trained']}, K, {'tempo': labels})
+  figures = probes.probe_figures({'trained': tokens['trained']}, K, {'tempo': probes.Probe(np.array(labels))})
   assert figures['tempo']['clips'] == CLIPS // 2
 
 
 def test_tokenizers_must_read_the_same_clips():
   with pytest.raises(ValueError, match='different shapes'):
     semantic_figures.semantic_figures(
-        np.zeros((4, 10), int), np.zeros((4, 10), int), np.zeros((4, 11), int), K, clip_labels={})
+        np.zeros((4, 10), int), np.zeros((4, 10), int), np.zeros((4, 11), int), K)
 
 
 def test_composer_labels_follow_the_chords():
@@ -57,11 +59,11 @@ def test_composer_labels_follow_the_chords():
       {'tempo': 'slow', 'meter': '3/4', 'drums': 'none', 'lead': 'flute',
        'chord_times': [0.0, 1.0], 'chord_names': ['C:maj', 'F:maj']},
       {'tempo': 'fast', 'meter': '4/4', 'drums': 'rock', 'chord_times': [0.5], 'chord_names': ['A:min']}]
-  clips, frames = semantic_figures.composer_labels(attributes, 4, 2.0)
-  assert clips['timbre'] == ['flute', probes.UNKNOWN]
-  assert clips['drum_style'] == ['none', 'rock']
+  asked = semantic_figures.composer_probes(attributes, 4, 2.0)
+  assert list(asked['timbre'].labels) == ['flute', probes.UNKNOWN]
+  assert list(asked['drum_style'].labels) == ['none', 'rock']
   np.testing.assert_array_equal(
-      frames['chord'], [['C:maj', 'C:maj', 'F:maj', 'F:maj'], ['', 'A:min', 'A:min', 'A:min']])
+      asked['chord'].labels, [['C:maj', 'C:maj', 'F:maj', 'F:maj'], ['', 'A:min', 'A:min', 'A:min']])
 
 
 def test_log_mel_tokens_tell_low_from_high():
@@ -114,3 +116,36 @@ def test_semantic_tokens_come_in_one_shape():
 
   assert semantic_figures.tokens(Tokenizer(), np.zeros((5, 100)), batch_size=2).shape == (5, 3)
   assert set(shapes) == {(2, 100)}
+
+
+def test_notes_are_asked_for_where_they_sound():
+  attributes = [{'melody_times': [0.5, 1.0, 3.0], 'melody_pitches': [60, 62, 73]}]
+  asked = semantic_figures.note_probes(attributes, 16, 4.0)
+  assert list(asked['pitch_class'].labels[0]) == ['', '', '0', '0', '2', '2', '2', '2', '', '', '', '', *'1111']
+  onsets = asked['onset'].labels[0]
+  assert list(np.flatnonzero(onsets == 'begins')) == [2, 4, 12] and list(np.flatnonzero(onsets == 'held')) == [8]
+
+
+def test_rows_are_read_from_the_tokens_around_their_frame():
+  tokens = np.array([[0, 1, 2, 3, 3, 3], [4, 4, 4, 4, 4, 5]])
+  labels = np.full((2, 6), probes.UNKNOWN, dtype='<U1')
+  labels[0, 1], labels[1, 5] = 'a', 'b'
+  probe = probes.Probe(labels, radius=1, stride=1)
+  assert list(probe.answers) == ['a', 'b']
+  third = 1 / 3
+  np.testing.assert_allclose(
+      probe.read(tokens, K)**2, [[third, third, third, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0.5, 0.5, 0, 0]], atol=1e-6)
+  with pytest.raises(ValueError, match='labels for 6 frames, tokens for 5'):
+    probe.read(tokens[:, :5], K)
+
+
+def test_harder_questions_fall_where_tokens_hold_something_else():
+  """A token set that holds (class, instrument) together answers for a new instrument by chance."""
+  rng = np.random.default_rng(1)
+  classes, instruments = rng.integers(0, 2, 200), rng.integers(0, 4, 200)
+  probe = probes.Probe(np.array(['x', 'y'])[classes])
+  tokens = np.repeat((classes * 4 + instruments)[:, None], FRAMES, axis=1)
+  assert probes.answered(probe, tokens, K).mean() == 1
+  assert probes.answered(probe, tokens, K, apart_N=instruments).mean() < 0.75
+  assert probes.answered(probe, tokens, K, heard_NxF=np.roll(tokens, 1, axis=0)).mean() < 0.75
+  assert probes.answered(probe, np.repeat(classes[:, None], FRAMES, axis=1), K, apart_N=instruments).mean() == 1

@@ -1,0 +1,264 @@
+"""Which layer of a w2v-BERT to make semantic tokens from: what the tokens of each would tell.
+
+Every layer gets its own clusters, fitted as `SemanticTokenizer` fits those that ship, beside the same layers before
+training and k-means of plain log-mel.
+
+Shapes: N clips, T samples, F frames, L layers, D width, K codes.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from musiclm_jax.data import composer, noise, records as recordset, source, token_counts
+from musiclm_jax.data.batches import AudioBatches
+from musiclm_jax.evaluation import batched, pictures, probes, semantic_figures, statistics, tables
+from musiclm_jax.nn.quantize import nearest
+from musiclm_jax.semantic.model import W2vBert, W2vBertConfig
+from musiclm_jax.semantic.tokenizer import SemanticTokenizer
+from musiclm_jax.training import accumulate, checkpoint, state as states
+from musiclm_jax.training.checkpoint import Loaded
+from musiclm_jax.training.partition import Partitioner
+
+TRAINED, UNTRAINED, LOG_MEL = 'trained', 'untrained', 'log_mel'
+_BATCH = 8
+_ROWS_PER_CODE = 200  # to fit clusters on
+_GROUP_BYTES = 2 ** 31  # rows of layers that are held at a time
+_NOISE_DB = 10.0  # how far the noise of the harder test lies below the music
+# Of the harder tests: fitted on clean clips and asked in noise; fitted on other leads, or other keys, than asked.
+CLEAN, NOISE, OTHER_LEADS, OTHER_KEYS = 'clean', 'noise', 'other_leads', 'other_keys'
+_APART = {OTHER_LEADS: ('lead', ('tempo', 'meter', 'drum_style', 'chord', 'pitch_class', 'onset')),
+          OTHER_KEYS: ('key', ('tempo', 'meter', 'drum_style', 'timbre', 'onset'))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Amounts:
+  """Clips to fit clusters on, clips to ask (held out), and seconds of each at most; codes, 0 for the network's own."""
+
+  fit_clips: int = 1000
+  clips: int = 400
+  seconds: float = 10.0
+  codes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What was found.
+
+  Attributes:
+    figures: what `layers.json` holds: about the run, and `layers`, a list with an entry for each network and layer:
+      perplexity and repeats of its tokens, and under "probes" for each test {probe: {value, interval, gains}}; a gain
+      is the lead over the same layer before training, or over k-means of log-mel, with its interval.
+    folder: where the file is.
+  """
+
+  figures: Mapping[str, Any]
+  folder: pathlib.Path
+
+  def text(self) -> str:
+    f = self.figures
+    names = list(f['chance'])
+    chance = {name: {'value': value} for name, value in f['chance'].items()}
+    shown = [*f['layers'], {'network': 'chance', 'layer': '', 'probes': {CLEAN: chance}}]
+    words = {CLEAN: f'asked as they were fitted, {f["probe_clips"]} held-out clips',
+             NOISE: f'fitted on clean clips, asked in noise at {f["noise_db"]:g} dB',
+             OTHER_LEADS: 'fitted on other lead instruments than asked', OTHER_KEYS: 'fitted on other keys than asked'}
+    lines = [f'{f["run"]}, step {f["step"]}: {f["codes"]} codes a layer, perplexity and repeats on {f["clips"]} clips '
+             f'of {f["records"]}']
+    for test in words:
+      rows = shown if test == CLEAN else f['layers']
+      have = [name for name in names if name in rows[0]['probes'].get(test, {})]
+      of_tokens = ('perplexity', 'repeats') if test == CLEAN else ()
+      cells = tuple(
+          (f'{row["network"].replace("_", "-")} {row["layer"]}'.strip(),
+           *(tables.number(row.get(name)) for name in of_tokens),
+           *(tables.number(row['probes'][test][name]['value']) for name in have))
+          for row in rows)
+      headers = ('tokens of', *(f'{name} share' if name == 'perplexity' else name for name in of_tokens),
+                 *(name.replace('_', ' ') for name in have))
+      lines += ['', f'Read from the tokens, {words[test]}:', tables.Table(headers, cells).text()]
+    return '\n'.join([*lines, '', f'{self.folder}: layers.json, layers.png'])
+
+
+def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_IN,
+          output: str | os.PathLike | None = None, amounts: Amounts = Amounts(), seed: int = 0) -> Study:
+  """Writes `layers.json` and `layers.png` to `output` (the run by default) and returns what was found.
+
+  Args:
+    run: of a trained w2v-BERT, or a folder that holds a run `w2v_bert`.
+    records: music to fit the clusters on ("train") and to measure how they are used on ("test"). Where it is not the
+      built-in music, whose every fact is known, the probes ask clips of that.
+
+  Raises ValueError where the run is of another network, or there is too little music for the probes.
+  """
+  folder = checkpoint.run_in(run, 'w2v_bert')
+  loaded = checkpoint.load(folder)
+  if not isinstance(loaded.model, W2vBert):
+    raise ValueError(f'{folder} holds a {type(loaded.objective).__name__}, not a w2v-BERT')
+  encoder = loaded.objective.encoder
+  rate = encoder.mel.sample_rate
+  fit_NxT, _ = _clips(source.open_corpus(records, 'train', 'direct'), amounts.fit_clips, amounts.seconds, encoder)
+  used_NxT, examples = _clips(source.open_corpus(records, 'test', 'direct'), amounts.clips, amounts.seconds, encoder)
+  asked_NxT = used_NxT
+  if not all('chord_times' in e.get('attributes', ()) for e in examples):
+    asked_NxT, examples = _clips(
+        composer.Corpus(first=1_000_000, size=amounts.clips, seconds=amounts.seconds, split='test'), amounts.clips,
+        amounts.seconds, encoder)
+  heard = {CLEAN: asked_NxT, NOISE: _with_noise(asked_NxT, rate, seed)}
+  frames = asked_NxT.shape[1] // encoder.samples_per_frame
+  asked = _Asked([e['attributes'] for e in examples], frames, encoder.frame_rate, seed)
+  codes = amounts.codes or encoder.codes
+  clusters = SemanticTokenizer(encoder, layer=1, codebook_size=codes, iterations=20, seconds=amounts.seconds)
+
+  found: dict[tuple[str, str], dict[str, Any]] = {}
+  right: dict[tuple[str, str], dict[tuple[str, str], np.ndarray]] = {}
+  for network, layer, tokens_of in _tokenizers(loaded, clusters, fit_NxT, rate, seed):
+    at = network, layer
+    used_NxF = tokens_of(used_NxT)
+    counts_1xK = token_counts.level_counts(used_NxF[..., None], codes)
+    found[at] = {'network': network, 'layer': layer,
+                 'perplexity': float(token_counts.perplexity(counts_1xK)[0]) / codes,
+                 'repeats': float(np.mean(used_NxF[:, 1:] == used_NxF[:, :-1]))}
+    right[at] = asked.answered({name: tokens_of(clips) for name, clips in heard.items()}, codes)
+    print(f'studied {network} {layer}', flush=True)
+  for at in found:
+    rivals = {UNTRAINED: (UNTRAINED, at[1]), LOG_MEL: (LOG_MEL, '')} if at[0] == TRAINED else {}
+    found[at]['probes'] = asked.figures(right[at], {name: right[rival] for name, rival in rivals.items()})
+  figures = {
+      'run': str(folder), 'hash': loaded.content_hash, 'step': loaded.step, 'records': str(records), 'codes': codes,
+      'fit_clips': len(fit_NxT), 'clips': len(used_NxT), 'probe_clips': len(asked_NxT),
+      'seconds': asked_NxT.shape[1] / rate, 'noise_db': _NOISE_DB, 'seed': seed, 'chance': asked.chance(),
+      'layers': list(found.values())}
+  output = pathlib.Path(output or folder)
+  output.mkdir(parents=True, exist_ok=True)
+  (output / 'layers.json').write_text(json.dumps(figures, indent=1) + '\n')
+  (output / 'layers.png').write_bytes(_picture(figures, encoder.layer_names))
+  return Study(figures, output)
+
+
+def _clips(corpus: source.Corpus, count: int, seconds: float, encoder: W2vBertConfig,
+           ) -> tuple[np.ndarray, list[dict[str, Any]]]:
+  """Clips [N, T] from all over a corpus, and their examples without audio; as many whole frames as the shortest has."""
+  batches = AudioBatches(corpus, seconds=seconds, sample_rate=encoder.mel.sample_rate, batch_size=1, order='sequential')
+  chosen = np.unique(np.linspace(0, batches.num_clips - 1, min(count, batches.num_clips)).astype(int))
+  clips, examples = [], []
+  for index in chosen:
+    example = batches.examples(int(index))[0]
+    clip = example.pop('audio')[:batches.samples]
+    clips.append(recordset.from_pcm(clip) if clip.dtype == np.int16 else clip)
+    examples.append(example)
+  shortest = min(map(len, clips)) // encoder.samples_per_frame * encoder.samples_per_frame
+  return np.stack([clip[:shortest] for clip in clips]), examples
+
+
+def _with_noise(audio_NxT: np.ndarray, rate: int, seed: int) -> np.ndarray:
+  """Each clip with one of the built-in noises, `_NOISE_DB` below it."""
+  noises = noise.Corpus(seed=seed, size=len(audio_NxT), seconds=audio_NxT.shape[1] / rate, sample_rate=rate)
+  power = lambda x: np.sqrt(np.mean(np.square(x))) + 1e-9
+  return np.stack([clip + np.float32(power(clip) / power(n) * 10 ** (-_NOISE_DB / 20)) * n
+                   for clip, n in ((clip, noises[i]['audio']) for i, clip in enumerate(audio_NxT))])
+
+
+def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray, rate: int, seed: int,
+                ) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
+  """(network, layer, function from clips [N, T] to tokens [N, F]) of every layer and of the baseline."""
+  encoder = loaded.objective.encoder
+  untrained = loaded.objective.model(nnx.Rngs(seed))
+  untrained.mel_mean[...], untrained.mel_deviation[...] = loaded.model.mel_mean[...], loaded.model.mel_deviation[...]
+  wanted = _ROWS_PER_CODE * clusters.codebook_size
+  clips = min(len(fit_NxT), -(-wanted // (fit_NxT.shape[1] // encoder.samples_per_frame)))
+  fit_NxT = fit_NxT[np.linspace(0, len(fit_NxT) - 1, clips).astype(int)]
+  row_bytes = 4 * encoder.masked.width * clips * (fit_NxT.shape[1] // encoder.samples_per_frame)
+  group = max(1, _GROUP_BYTES // row_bytes)
+  mel = lambda audio_NxT: probes.log_mel_rows(
+      audio_NxT, frame_rate=encoder.frame_rate, sample_rate=rate, batch_size=_BATCH)
+  fitted = _fitted(clusters, mel(fit_NxT), seed)
+  yield LOG_MEL, '', lambda audio_NxT: np.asarray(_tokens(fitted, jnp.asarray(mel(audio_NxT))))
+  for network, model in ((UNTRAINED, untrained), (TRAINED, loaded.model)):
+    for first in range(0, len(encoder.layer_names), group):
+      run = states.compiled(model, _some_layers(first, first + group))
+      rows_NxLxFxD = batched.in_batches(run, fit_NxT, batch_size=_BATCH)
+      for place, layer in enumerate(encoder.layer_names[first:first + group]):
+        one = states.compiled(model, _some_layers(first + place, first + place + 1))
+        fitted = _fitted(clusters, rows_NxLxFxD[:, place], seed)
+        yield network, layer, lambda audio_NxT, one=one, fitted=fitted: batched.in_batches(
+            lambda audio: _tokens(fitted, one(audio)[:, 0]), audio_NxT, batch_size=_BATCH)
+
+
+def _some_layers(first: int, last: int) -> Callable[[W2vBert, jax.Array], jax.Array]:
+  return lambda model, audio_BxN: jnp.moveaxis(model.every_layer(audio_BxN)[first:last], 0, 1)
+
+
+def _fitted(clusters: SemanticTokenizer, rows_NxFxD: np.ndarray, seed: int) -> dict[str, Any]:
+  """Moments and centres as the tokenizer fits them."""
+  width = rows_NxFxD.shape[-1]
+  start = {'mean': jnp.zeros((width,)), 'deviation': jnp.ones((width,))}
+  passes = accumulate.run(clusters, start, rows_NxFxD.reshape(-1, width), Partitioner(), jax.random.key(seed))
+  *_, (_, _, fitted, _) = passes
+  return jax.device_get(fitted)
+
+
+@jax.jit
+def _tokens(fitted: Mapping[str, Any], features_BxFxD: jax.Array) -> jax.Array:
+  return nearest((features_BxFxD - fitted['mean']) / fitted['deviation'], fitted['quantizer']['codebook'][0])
+
+
+class _Asked:
+  """The probes and the harder tests, on clips with these facts."""
+
+  def __init__(self, facts: Sequence[Mapping[str, Any]], frames: int, frame_rate: float, seed: int):
+    self.probes = {**semantic_figures.composer_probes(facts, frames, frame_rate),
+                   **semantic_figures.note_probes(facts, frames, frame_rate)}
+    self.facts, self.seed = facts, seed
+
+  def chance(self) -> dict[str, float]:
+    return {name: statistics.majority_share(probe.answers) for name, probe in self.probes.items()}
+
+  def answered(self, tokens: Mapping[str, np.ndarray], codes: int) -> dict[tuple[str, str], np.ndarray]:
+    """(test, probe) -> which rows are answered rightly."""
+    clean, found = tokens[CLEAN], {}
+    ask = lambda name, **how: probes.answered(self.probes[name], clean, codes, seed=self.seed, **how)
+    for name in self.probes:
+      found[CLEAN, name] = ask(name)
+      found[NOISE, name] = ask(name, heard_NxF=tokens[NOISE])
+    for test, (fact, names) in _APART.items():
+      apart_N = np.array([str(f.get(fact, '')) for f in self.facts])
+      found |= {(test, name): ask(name, apart_N=apart_N) for name in names}
+    return found
+
+  def figures(self, right: Mapping[tuple[str, str], np.ndarray],
+              rivals: Mapping[str, Mapping[tuple[str, str], np.ndarray]]) -> dict[str, dict[str, Any]]:
+    """{test: {probe: accuracy with its interval, and the lead over each rival}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for at, right_R in right.items():
+      test, name = at
+      clips_R, _ = self.probes[name].chosen
+      interval = lambda values_R, clips_R=clips_R: statistics.bootstrap_interval(
+          values_R, clips_R, seed=self.seed).as_dict()
+      gains = {rival: interval(right_R.astype(float) - there[at]) for rival, there in rivals.items()}
+      found.setdefault(test, {})[name] = {**interval(right_R), **({'gains': gains} if gains else {})}
+    return found
+
+
+def _picture(figures: Mapping[str, Any], layers: Sequence[str]) -> bytes:
+  """A panel for each probe: accuracy over the layers, clean and in noise."""
+  at = {(row['network'], row['layer']): row for row in figures['layers']}
+  value = lambda network, layer, test, name: at[network, layer]['probes'][test][name]['value']
+  panels = {}
+  for name, chance in figures['chance'].items():
+    curves = {f'{network}{words}': [value(network, layer, test, name) for layer in layers]
+              for network in (TRAINED, UNTRAINED) for test, words in ((CLEAN, ''), (NOISE, ', in noise'))}
+    lines = {'log-mel': value(LOG_MEL, '', CLEAN, name), 'log-mel, in noise': value(LOG_MEL, '', NOISE, name),
+             'chance': chance}
+    panels[name.replace('_', ' ')] = curves, lines
+  short = [name.replace('convolutions', 'conv').replace('contrastive ', 'c').replace('masked ', 'm') for name in layers]
+  return pictures.over_layers(panels, short)

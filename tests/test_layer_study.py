@@ -1,0 +1,75 @@
+"""The study of layers: every layer has its tokens, and the table says what they tell."""
+from __future__ import annotations
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from musiclm_jax import layer_study, main
+from musiclm_jax.data import prepare
+from tests.trainings import experiment, write_signals
+
+FEW = layer_study.Amounts(fit_clips=12, clips=16, seconds=3.0, codes=8)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('layers')
+  prepare.prepare_composer('nano', folder / 'music', workers=1)
+  built = experiment('w2v_bert', RECORDS=folder / 'music', NUM_STEPS=1, **{'partition.Partitioner.data': 1})
+  built.build(workdir=str(folder / 'w2v_bert'), dry_run=False)
+  return folder
+
+
+def test_every_layer_is_what_each_layer_gives_alone():
+  objective = experiment('w2v_bert').argument('objective')
+  model = objective.model(nnx.Rngs(0))
+  audio = jax.random.normal(jax.random.key(1), (2, 24000)) * 0.1
+  every = model.every_layer(audio)
+  names = objective.encoder.layer_names
+  assert names == ('convolutions', 'contrastive 1', 'contrastive 2', 'masked 1', 'masked 2')
+  assert every.shape == (5, 2, 25, 16)
+  np.testing.assert_allclose(every[0], model.features(audio), atol=1e-5)
+  for layer in (1, 2):
+    np.testing.assert_allclose(every[names.index(f'masked {layer}')], model.layer(audio, layer), atol=1e-4)
+
+
+def test_a_table_and_a_plot_of_every_layer(folder, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    main.main(['semantic', 'layers', '--w2v', str(folder), '--records', str(folder / 'music'), '--clips', '16',
+               '--fit_clips', '12', '--seconds', '3', '--codes', '8', '--output', str(folder / 'study')])
+  assert not stopped.value.code
+  printed = capsys.readouterr().out
+  assert 'asked in noise at 10 dB' in printed and 'trained masked 2' in printed and 'log-mel' in printed
+  assert (folder / 'study' / 'layers.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_each_probe_has_its_interval_and_what_it_gains(folder):
+  found = layer_study.study(folder / 'w2v_bert', records=folder / 'music', amounts=FEW).figures
+  rows = [(row['network'], row['layer']) for row in found['layers']]
+  assert rows[:2] == [('log_mel', ''), ('untrained', 'convolutions')] and len(rows) == 11
+  last = found['layers'][-1]
+  assert last['network'] == 'trained' and 0 < last['perplexity'] <= 1 and 0 <= last['repeats'] < 1
+  for name in ('tempo', 'meter', 'drum_style', 'timbre', 'chord', 'pitch_class', 'onset'):
+    asked = last['probes']['clean'][name]
+    low, high = asked['interval']
+    assert low <= asked['value'] <= high
+    there = next(r for r in found['layers'] if r['network'] == 'untrained' and r['layer'] == last['layer'])
+    gain = asked['gains']['untrained']
+    assert gain['value'] == pytest.approx(asked['value'] - there['probes']['clean'][name]['value'])
+    assert gain['interval'][0] <= gain['value'] <= gain['interval'][1]
+  assert set(last['probes']['other_leads']) == {'tempo', 'meter', 'drum_style', 'chord', 'pitch_class', 'onset'}
+
+
+def test_music_without_facts_is_measured_and_the_built_in_asked(folder, tmp_path):
+  signals = write_signals(tmp_path / 'signals')
+  found = layer_study.study(folder, records=signals, amounts=FEW, output=tmp_path).figures
+  assert found['clips'] == 4 and found['probe_clips'] == 16
+
+
+def test_another_network_is_refused(folder, tmp_path):
+  built = experiment('mulan', RECORDS=folder / 'music', NUM_STEPS=0, **{'partition.Partitioner.data': 1})
+  built.build(workdir=str(tmp_path / 'mulan'), dry_run=False)
+  with pytest.raises(ValueError, match='holds a MuLanTraining, not a w2v-BERT'):
+    layer_study.study(tmp_path / 'mulan')
