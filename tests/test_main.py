@@ -203,7 +203,6 @@ def test_files_are_found_along_the_search_path(folder, tmp_path_factory):
     (['train', '--gin_file', 'toi.gin', '--workdir', 'w'], 2, "no gin file 'toi.gin'; did you mean 'toy"),
     (['train', '--gin_file', 'toy.gin', '--gin.SECNDS=2', '--workdir', 'w'], 2, "did you mean 'SECONDS'?"),
     (['train', '--gin_file', 'toy.gin', '--workdir', 'w'], 2, 'needs values for SECONDS'),
-    (['train', '--gin_file', 'experiments/codec.gin'], 2, '--workdir is needed'),
     (['train', '--gin_file', 'toy.gin', '--gin.SECONDS=2', '--workdir', 'toy.gin/w'], 1, 'cannot write to'),
     (['quickstart', '--gin.X=3'], 2, '--gin.X belongs to `musiclm train`'),
     (['quickstart', '--size', 'huge'], 2, "invalid choice: 'huge'"),
@@ -222,6 +221,11 @@ def test_a_mistake_is_one_line(folder, capsys, argv, code, message):
   found, lines = run(capsys, *argv)
   assert found == code
   assert len(lines) == 1 and lines[0].startswith('musiclm: error: ') and message in lines[0]
+
+
+def test_a_run_without_a_workdir_is_asked_for_one(capsys):
+  assert run(capsys, 'train', '--gin_file', 'experiments/codec.gin') == (
+      2, ['musiclm: error: --workdir is needed: where this run keeps its checkpoints and metrics'])
 
 
 def test_traceback_on_request(folder, capsys):
