@@ -24,7 +24,7 @@ from musiclm_jax.data.batches import AudioBatches
 from musiclm_jax.evaluation import batched, pictures, probes, semantic_figures, statistics, tables
 from musiclm_jax.nn.quantize import nearest
 from musiclm_jax.semantic.model import W2vBert, W2vBertConfig
-from musiclm_jax.semantic.tokenizer import SemanticTokenizer
+from musiclm_jax.semantic.tokenizer import normalised, SemanticTokenizer
 from musiclm_jax.training import accumulate, checkpoint, state as states
 from musiclm_jax.training.checkpoint import Loaded
 from musiclm_jax.training.partition import Partitioner
@@ -68,7 +68,7 @@ class Study:
     f = self.figures
     names = list(f['chance'])
     chance = {name: {'value': value} for name, value in f['chance'].items()}
-    shown = [*f['layers'], {'network': 'chance', 'layer': '', 'probes': {CLEAN: chance}}]
+    shown = [*f['layers'], {'network': 'chance', 'layer': '', 'place': None, 'probes': {CLEAN: chance}}]
     words = {CLEAN: f'asked as they were fitted, {f["probe_clips"]} held-out clips',
              NOISE: f'fitted on clean clips, asked in noise at {f["noise_db"]:g} dB',
              OTHER_LEADS: 'fitted on other lead instruments than asked', OTHER_KEYS: 'fitted on other keys than asked'}
@@ -79,7 +79,7 @@ class Study:
       have = [name for name in names if name in rows[0]['probes'].get(test, {})]
       of_tokens = ('perplexity', 'repeats') if test == CLEAN else ()
       cells = tuple(
-          (f'{row["network"].replace("_", "-")} {row["layer"]}'.strip(),
+          (f'{row["network"].replace("_", "-")} {_numbered(row)}'.strip(),
            *(tables.number(row.get(name)) for name in of_tokens),
            *(tables.number(row['probes'][test][name]['value']) for name in have))
           for row in rows)
@@ -87,6 +87,10 @@ class Study:
                  *(name.replace('_', ' ') for name in have))
       lines += ['', f'Read from the tokens, {words[test]}:', tables.Table(headers, cells).text()]
     return '\n'.join([*lines, '', f'{self.folder}: layers.json, layers.png'])
+
+
+def _numbered(row: Mapping[str, Any]) -> str:
+  return f'{row["place"]}: {row["layer"]}' if row['layer'] else ''
 
 
 def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_IN,
@@ -125,7 +129,7 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
     at = network, layer
     used_NxF = tokens_of(used_NxT)
     counts_1xK = token_counts.level_counts(used_NxF[..., None], codes)
-    found[at] = {'network': network, 'layer': layer,
+    found[at] = {'network': network, 'layer': layer, 'place': encoder.layer_names.index(layer) if layer else None,
                  'perplexity': float(token_counts.perplexity(counts_1xK)[0]) / codes,
                  'repeats': float(np.mean(used_NxF[:, 1:] == used_NxF[:, :-1]))}
     right[at] = asked.answered({name: tokens_of(clips) for name, clips in heard.items()}, codes)
@@ -201,7 +205,7 @@ def _some_layers(first: int, last: int) -> Callable[[W2vBert, jax.Array], jax.Ar
 def _fitted(clusters: SemanticTokenizer, rows_NxFxD: np.ndarray, seed: int) -> dict[str, Any]:
   """Moments and centres as the tokenizer fits them."""
   width = rows_NxFxD.shape[-1]
-  start = {'mean': jnp.zeros((width,)), 'deviation': jnp.ones((width,))}
+  start = {'mean': jnp.zeros((width,)), 'scaling': jnp.eye(width)}
   passes = accumulate.run(clusters, start, rows_NxFxD.reshape(-1, width), Partitioner(), jax.random.key(seed))
   *_, (_, _, fitted, _) = passes
   return jax.device_get(fitted)
@@ -209,7 +213,8 @@ def _fitted(clusters: SemanticTokenizer, rows_NxFxD: np.ndarray, seed: int) -> d
 
 @jax.jit
 def _tokens(fitted: Mapping[str, Any], features_BxFxD: jax.Array) -> jax.Array:
-  return nearest((features_BxFxD - fitted['mean']) / fitted['deviation'], fitted['quantizer']['codebook'][0])
+  rows = normalised(features_BxFxD, fitted['mean'], fitted['scaling'])
+  return nearest(rows, fitted['quantizer']['codebook'][0])
 
 
 class _Asked:

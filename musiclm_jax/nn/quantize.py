@@ -14,6 +14,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+# Directions that vary less than this share of the one that varies most hold more noise than music.
+_LEAST_VARIANCE = 3e-3
 # Rows of each batch that may replace dead codes, a level: more than are ever dead at once after the start.
 CANDIDATES = 32
 
@@ -186,6 +188,24 @@ def spread_rows(x_NxD: jax.Array, count: int, key: jax.Array) -> jax.Array:
   start = jnp.sum(jnp.square(x_NxD - first), axis=-1)
   _, rows = jax.lax.scan(draw, start, jax.random.split(key, count - 1))
   return jnp.concatenate([first[None], rows])
+
+
+def scaling_of(covariance_DxD: jax.Array, *, decorrelate: bool) -> tuple[jax.Array, jax.Array]:
+  """The symmetric matrix that gives dimensions the variance 1, and no correlation where asked for, [D, D].
+
+  A dimension that never changes carries nothing; dividing by its deviation would make noise of it. Of all matrices that
+  decorrelate, the symmetric one changes little where the covariance does, however near its eigenvalues lie (and k-means
+  does not care for a rotation). Returns it and the number of dimensions that never change.
+  """
+  variance_D = jnp.diagonal(covariance_DxD)
+  constant_D = variance_D <= 1e-10
+  deviation_D = jnp.where(constant_D, 1.0, jnp.sqrt(jnp.maximum(variance_D, 1e-20)))
+  if not decorrelate:
+    return jnp.diag(1 / deviation_D), jnp.sum(constant_D)
+  spread_D, direction_DxD = jnp.linalg.eigh(covariance_DxD / (deviation_D[:, None] * deviation_D))
+  shrunk_DxD = direction_DxD * jax.lax.rsqrt(jnp.maximum(spread_D, _LEAST_VARIANCE * spread_D[-1]))
+  product = jnp.matmul(shrunk_DxD, direction_DxD.T, precision=jax.lax.Precision.HIGHEST)
+  return product / deviation_D[:, None], jnp.sum(constant_D)
 
 
 def lloyd_step(codebook_KxD: jax.Array, count_K: jax.Array, sum_KxD: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 
 from musiclm_jax.nn.conformer import Conformer, ConformerConfig
 from musiclm_jax.nn.conv import Conv2d
-from musiclm_jax.nn.quantize import kmeans
+from musiclm_jax.nn.quantize import kmeans, scaling_of
 from musiclm_jax.nn.spectral import MelConfig, log_mel
 from musiclm_jax.nn.transformer import Linear, Norm
 
@@ -36,6 +36,10 @@ class W2vBertConfig:
     contrastive, masked: the two conformer stacks, of one width.
     groups, codes: G and V of the product quantizer; ids of group g are in [0, V).
     code_width: E, of the code vectors and of the space in which the contrastive loss compares.
+    targets: what the quantizer makes codes of: "spectrogram", the mel frames of a feature as they are, or "features",
+      the output of the convolutions, as in the paper. Features turn in training to what is easiest to predict, which
+      is what lasts: rhythm is lost from their codes first. A spectrogram stays what it is (arXiv 2202.01855 predicts
+      codes of it, too).
   """
 
   mel: MelConfig
@@ -45,8 +49,11 @@ class W2vBertConfig:
   groups: int
   codes: int
   code_width: int
+  targets: str = 'spectrogram'
 
   def __post_init__(self):
+    if self.targets not in ('spectrogram', 'features'):
+      raise ValueError(f'targets must be "spectrogram" or "features", found {self.targets!r}')
     if self.contrastive.width != self.masked.width:
       raise ValueError(
           f'the contrastive stack has width {self.contrastive.width} and the masked-prediction stack '
@@ -66,8 +73,13 @@ class W2vBertConfig:
     return self.mel.sample_rate / self.samples_per_frame
 
   @property
+  def target_width(self) -> int:
+    """Of the rows that the quantizer makes codes of."""
+    return self.masked.width if self.targets == 'features' else SUBSAMPLING * self.mel.bands
+
+  @property
   def layer_names(self) -> tuple[str, ...]:
-    """Of what `W2vBert.every_layer` gives: the convolutions, then the blocks of both stacks, counted from 1."""
+    """The convolutions, then the blocks of both stacks; a layer is named by its place among them."""
     blocks = lambda name, depth: (f'{name} {i}' for i in range(1, depth + 1))
     return ('convolutions', *blocks('contrastive', self.contrastive.depth), *blocks('masked', self.masked.depth))
 
@@ -102,15 +114,20 @@ class GumbelQuantizer(nnx.Module):
   def kmeans_start(self, rows_NxD: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weights and biases of the logits with which the code of a row is the nearest centre of a k-means.
 
-    Distances are between features of variance 1: with z the normalised row, the logit of centre c is
-    z c - |c|^2 / 2, which is -|z - c|^2 / 2 but for a term that all codes share.
+    With z = S (x - mean) the scaled row the logit of centre c is z c - |c|^2 / 2, which is -|z - c|^2 / 2 but for a
+    term that all codes share. The first group, and every other one, scales each dimension to variance 1: its codes
+    tell what most dimensions share, as loudness and so beats. The others decorrelate them, too: their codes tell
+    pitches and timbres.
     """
-    mean_D, deviation_D = jnp.mean(rows_NxD, axis=0), jnp.maximum(jnp.std(rows_NxD, axis=0), 1e-3)
-    normal_NxD = (rows_NxD - mean_D) / deviation_D
-    centres = [kmeans(normal_NxD, self.shape[1], k) for k in jax.random.split(key, self.shape[0])]
-    centres_VxD = jnp.concatenate(centres)
-    bias_V = -centres_VxD @ (mean_D / deviation_D) - jnp.sum(jnp.square(centres_VxD), axis=-1) / 2
-    return (centres_VxD / deviation_D).T, bias_V
+    mean_D = jnp.mean(rows_NxD, axis=0)
+    covariance_DxD = jnp.cov(rows_NxD, rowvar=False, bias=True)
+    weights, biases = [], []
+    for group, group_key in enumerate(jax.random.split(key, self.shape[0])):
+      scaling_DxD, _ = scaling_of(covariance_DxD, decorrelate=group % 2 == 1)
+      centres_VxD = kmeans((rows_NxD - mean_D) @ scaling_DxD, self.shape[1], group_key)
+      weights.append(scaling_DxD @ centres_VxD.T)
+      biases.append(-mean_D @ weights[-1] - jnp.sum(jnp.square(centres_VxD), axis=-1) / 2)
+    return jnp.concatenate(weights, axis=1), jnp.concatenate(biases)
 
   def __call__(self, x_BxTxD: jax.Array, *, temperature: jax.Array | float = 1.0,
                keys_B: jax.Array | None = None) -> Codes:
@@ -169,7 +186,7 @@ class W2vBert(nnx.Module):
     self.input = Linear(width, width, bias=True, rngs=rngs)
     self.contrastive = Conformer(c.contrastive, rngs=rngs)
     self.masked = Conformer(c.masked, rngs=rngs)
-    self.quantizer = GumbelQuantizer(width, c.groups, c.codes, c.code_width, rngs=rngs)
+    self.quantizer = GumbelQuantizer(c.target_width, c.groups, c.codes, c.code_width, rngs=rngs)
     self.context = Linear(width, c.code_width, bias=True, rngs=rngs)
     self.prediction = Linear(width, c.groups * c.codes, axes=('embed', 'codebook'), bias=True, rngs=rngs)
     self.mel_mean = nnx.Variable(jnp.zeros((c.mel.bands,)), axes=(None,))
@@ -179,21 +196,35 @@ class W2vBert(nnx.Module):
     self.hard_usage = nnx.Variable(uniform + 0, axes=(None, 'codebook'))
     self.steps = nnx.Variable(jnp.zeros((), jnp.int32), axes=())
 
-  def features(self, audio_BxN: jax.Array, valid_BxT: jax.Array | None = None) -> jax.Array:
-    """Features [B, N // 960, D] before any mask; samples beyond the last whole frame are not used.
-
-    `valid` marks the frames of each clip; their features are those of the clip without what comes after it.
-    """
+  def spectrogram(self, audio_BxN: jax.Array, valid_BxT: jax.Array | None = None) -> jax.Array:
+    """Normalised log-mel [B, 4 (N // 960), M]; samples beyond the last whole frame of features are not used."""
     length = audio_BxN.shape[1] // self.config.samples_per_frame * self.config.samples_per_frame
     if not length:
       raise ValueError(
           f'{audio_BxN.shape[1]} samples are fewer than one frame of {self.config.samples_per_frame} samples')
     mel_BxFxM = log_mel(_kept(audio_BxN[:, :length], valid_BxT), self.config.mel)
     x = (mel_BxFxM - self.mel_mean[...]) / self.mel_deviation[...]
-    return self.subsampling(x.astype(self.input.w[...].dtype), valid_BxT)
+    return x.astype(self.input.w[...].dtype)
+
+  def features(self, audio_BxN: jax.Array, valid_BxT: jax.Array | None = None) -> jax.Array:
+    """Features [B, N // 960, D] before any mask.
+
+    `valid` marks the frames of each clip; their features are those of the clip without what comes after it.
+    """
+    return self.subsampling(self.spectrogram(audio_BxN, valid_BxT), valid_BxT)
+
+  def target_rows(self, mel_BxFxM: jax.Array, features_BxTxD: jax.Array) -> jax.Array:
+    """What the quantizer makes codes of, [B, T, `target_width`], from the spectrogram and its features.
+
+    Our choice: no gradient of the codes reaches the features. What reaches them turns them to what is easiest to
+    predict, and the codes collapse: at size tiny from 210 in use to 60 within 2,000 steps.
+    """
+    if self.config.targets == 'features':
+      return jax.lax.stop_gradient(features_BxTxD)
+    return mel_BxFxM.reshape(*features_BxTxD.shape[:2], -1)
 
   def layer(self, audio_BxN: jax.Array, layer: int, length_B: jax.Array | None = None) -> jax.Array:
-    """Output [B, N // 960, D] of block `layer` (from 1) of the masked-prediction stack, nothing masked.
+    """Features [B, N // 960, D] after one of `config.layer_names`, nothing masked, float32.
 
     With `length_B`, samples, the whole frames within it get what they would get from the clip alone.
     """
@@ -201,8 +232,13 @@ class W2vBert(nnx.Module):
     if length_B is not None:
       size = self.config.samples_per_frame
       valid_BxT = jnp.arange(audio_BxN.shape[1] // size) < (length_B // size)[:, None]
-    x = self.contrastive(self.input(self.features(audio_BxN, valid_BxT)), valid_BxT=valid_BxT)
-    return self.masked(x, valid_BxT=valid_BxT, num_layers=layer).astype(jnp.float32)
+    x = self.features(audio_BxN, valid_BxT)
+    first = self.config.contrastive.depth
+    if layer:
+      x = self.contrastive(self.input(x), valid_BxT=valid_BxT, num_layers=min(layer, first))
+    if layer > first:
+      x = self.masked(x, valid_BxT=valid_BxT, num_layers=layer - first)
+    return x.astype(jnp.float32)
 
   def every_layer(self, audio_BxN: jax.Array) -> jax.Array:
     """Features after each of `config.layer_names`, nothing masked, float32 [layers, B, N // 960, D]."""

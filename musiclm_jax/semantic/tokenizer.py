@@ -1,7 +1,8 @@
-"""Semantic tokens: a middle layer of the frozen encoder, each dimension normalised, then k-means.
+"""Semantic tokens: a middle layer of the frozen encoder, normalised, then k-means.
 
-Source: AudioLM (arXiv 2209.03143, section III-B): without the normalisation a few dimensions decide it all.
-k-means is the residual quantizer with one level.
+Source: AudioLM (arXiv 2209.03143, section III-B): without a normalisation of each dimension a few of them decide it
+all. Dimensions of a network vary together, though: what many of them hold (how loud, which instrument) still decides.
+So they are decorrelated, too, unless asked not to. k-means is the residual quantizer with one level.
 
 Shapes: B batch, N samples or rows, M sampled rows, T frames, D width, K clusters.
 """
@@ -14,7 +15,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from musiclm_jax.nn.quantize import ResidualQuantizer, code_sums, lloyd_step, nearest, perplexity, spread_rows
+from musiclm_jax.nn.quantize import (
+    code_sums, lloyd_step, nearest, perplexity, ResidualQuantizer, scaling_of, spread_rows)
 from musiclm_jax.objective import Batch, Fit
 from musiclm_jax.semantic.model import W2vBert, W2vBertConfig
 from musiclm_jax.specs import TokenSpec
@@ -32,7 +34,7 @@ class SemanticModel(nnx.Module):
     self.layer, self.codebook_size, self.frame_rate = layer, codebook_size, config.frame_rate
     self.encoder = W2vBert(config, rngs=rngs)
     self.mean = nnx.Variable(jnp.zeros((width,)), axes=(None,))
-    self.deviation = nnx.Variable(jnp.ones((width,)), axes=(None,))
+    self.scaling = nnx.Variable(jnp.eye(width), axes=(None, None))
     self.quantizer = ResidualQuantizer(1, codebook_size, width, rngs=rngs)
 
   @property
@@ -46,7 +48,12 @@ class SemanticModel(nnx.Module):
   def tokens(self, audio_BxN: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
     """Semantic tokens int32 [B, N // 960, 1] of mono audio at 24 kHz; those beyond `length_B` samples mean nothing."""
     features = jax.lax.stop_gradient(self.features(audio_BxN, length_B))
-    return self.quantizer.encode((features - self.mean[...]) / self.deviation[...])
+    return self.quantizer.encode(normalised(features, self.mean[...], self.scaling[...]))
+
+
+def normalised(features_xD: jax.Array, mean_D: jax.Array, scaling_DxD: jax.Array) -> jax.Array:
+  """(x - mean) S, in float32."""
+  return jnp.matmul(features_xD.astype(jnp.float32) - mean_D, scaling_DxD, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +62,12 @@ class SemanticTokenizer(Fit):
 
   Attributes:
     encoder: sizes of the frozen network; its values come from a w2v-BERT run.
-    layer: block of the masked-prediction stack that is clustered; 1 is the first. MusicLM takes the 7th of 12
-      (arXiv 2301.11325, section 4.1).
+    layer: whose output is clustered: 0 is the convolutions, from 1 on blocks count over both stacks. MusicLM takes the
+      7th of the masked-prediction stack's 12 (arXiv 2301.11325, section 4.1): 19 where 12 come before it.
     codebook_size: K.
     iterations: of Lloyd's algorithm.
     seconds: length of the crops that the rows are computed from.
+    decorrelate: whether dimensions are decorrelated; without, each is divided by its own deviation only.
   """
 
   encoder: W2vBertConfig
@@ -67,12 +75,12 @@ class SemanticTokenizer(Fit):
   codebook_size: int
   iterations: int
   seconds: float
+  decorrelate: bool = True
 
   def __post_init__(self):
-    depth = self.encoder.masked.depth
-    if not 1 <= self.layer <= depth:
-      raise ValueError(
-          f'layer {self.layer} is not one of the blocks of the masked-prediction stack, 1 to {depth}')
+    last = len(self.encoder.layer_names) - 1
+    if not 0 <= self.layer <= last:
+      raise ValueError(f'layer {self.layer} is not one of 0 to {last}: {", ".join(self.encoder.layer_names)}')
     if self.codebook_size < 2 or self.iterations < 1:
       raise ValueError(f'k-means needs at least 2 clusters and 1 iteration, found {self.codebook_size} and '
                        f'{self.iterations}')
@@ -100,7 +108,7 @@ class SemanticTokenizer(Fit):
     """Rough moments for the first phase, a k-means++ start for the second, both from the sample."""
     if phase == NORMALISE:
       # Sums of squares are taken around the sample's mean, where they lose no digits.
-      return {**buffers, 'mean': jnp.mean(sample_MxD, axis=0), 'deviation': jnp.ones(sample_MxD.shape[1:])}
+      return {**buffers, 'mean': jnp.mean(sample_MxD, axis=0), 'scaling': jnp.eye(sample_MxD.shape[1])}
     codes = spread_rows(self._normalised(buffers, sample_MxD), self.codebook_size, key)
     return self._with_codes(buffers, codes, jnp.ones((self.codebook_size,)))
 
@@ -108,7 +116,8 @@ class SemanticTokenizer(Fit):
     rows = self._normalised(buffers, rows_NxD)
     weight_N = weight_N.astype(jnp.float32)
     if phase == NORMALISE:
-      return {'rows': jnp.sum(weight_N), 'sum': weight_N @ rows, 'square': weight_N @ jnp.square(rows)}
+      products_DxD = jnp.matmul((weight_N[:, None] * rows).T, rows, precision=jax.lax.Precision.HIGHEST)
+      return {'rows': jnp.sum(weight_N), 'sum': weight_N @ rows, 'products': products_DxD}
     codes = buffers['quantizer']['codebook'][0]
     index = nearest(rows, codes)
     count, total = code_sums(rows, index, self.codebook_size, weight_N)
@@ -119,12 +128,11 @@ class SemanticTokenizer(Fit):
   def fitted(self, buffers: Any, statistics: Any, phase: str) -> tuple[Any, dict[str, jax.Array]]:
     """New moments or clusters. Metrics of k-means describe the clusters that the rows were assigned to."""
     if phase == NORMALISE:
-      offset = statistics['sum'] / statistics['rows']
-      variance = jnp.maximum(statistics['square'] / statistics['rows'] - jnp.square(offset), 0.0)
-      # A dimension that never changes carries nothing; dividing by its deviation would make noise of it.
-      deviation = jnp.where(variance > 1e-10, jnp.sqrt(variance), 1.0)
-      return ({**buffers, 'mean': buffers['mean'] + offset, 'deviation': deviation},
-              {'rows': statistics['rows'], 'constant_dimensions': jnp.sum(variance <= 1e-10)})
+      offset_D = statistics['sum'] / statistics['rows']
+      covariance_DxD = statistics['products'] / statistics['rows'] - offset_D[:, None] * offset_D
+      scaling, constant = scaling_of(covariance_DxD, decorrelate=self.decorrelate)
+      return ({**buffers, 'mean': buffers['mean'] + offset_D, 'scaling': scaling},
+              {'rows': statistics['rows'], 'constant_dimensions': constant})
     count, distance = statistics['count'], statistics['distance']
     codes = lloyd_step(buffers['quantizer']['codebook'][0], count, statistics['sum'])
     codes = split_widest(codes, count, distance)
@@ -133,7 +141,7 @@ class SemanticTokenizer(Fit):
     return self._with_codes(buffers, codes, count), metrics
 
   def _normalised(self, buffers: Any, rows_NxD: jax.Array) -> jax.Array:
-    return (rows_NxD.astype(jnp.float32) - buffers['mean']) / buffers['deviation']
+    return normalised(rows_NxD, buffers['mean'], buffers['scaling'])
 
   def _with_codes(self, buffers: Any, codes_KxD: jax.Array, count_K: jax.Array) -> Any:
     # The quantizer's own moving sums stay consistent with its codes.

@@ -16,9 +16,9 @@ from tests.semantic import configs
 KEY = jax.random.key(5)
 
 
-def _fit(codebook_size=6, iterations=3, layer=1):
-  return ours.SemanticTokenizer(
-      configs.encoder(), layer=layer, codebook_size=codebook_size, iterations=iterations, seconds=0.8)
+def _fit(codebook_size=6, iterations=3, layer=1, decorrelate=False):
+  return ours.SemanticTokenizer(configs.encoder(), layer=layer, codebook_size=codebook_size, iterations=iterations,
+                                seconds=0.8, decorrelate=decorrelate)
 
 
 @functools.cache
@@ -84,14 +84,38 @@ def test_normalisation_has_the_moments_of_all_rows():
   phase, _, buffers, metrics = next(_run(_fit(), rows, chunk=150))
   assert phase == ours.NORMALISE and float(metrics['rows']) == 400
   np.testing.assert_allclose(buffers['mean'], rows.astype(np.float64).mean(0), rtol=1e-5)
-  np.testing.assert_allclose(buffers['deviation'], rows.astype(np.float64).std(0), rtol=1e-3)
+  np.testing.assert_allclose(buffers['scaling'], np.diag(1 / rows.astype(np.float64).std(0)), rtol=1e-3)
 
 
-def test_a_constant_dimension_does_not_blow_up():
+def test_decorrelated_dimensions_have_variance_1_and_no_covariance():
+  mixed = _rows() @ np.random.default_rng(1).normal(0, 1, (16, 16)).astype(np.float32)
+  _, _, buffers, _ = next(_run(_fit(decorrelate=True), mixed, chunk=150))
+  normal = np.asarray(ours.normalised(mixed, buffers['mean'], buffers['scaling']), np.float64)
+  variance = np.linalg.eigvalsh(np.cov(normal.T, bias=True))
+  np.testing.assert_allclose(variance[variance > 0.5], 1, atol=0.02)
+  spread = np.linalg.eigvalsh(np.corrcoef(mixed.astype(np.float64).T))
+  assert np.sum(variance > 0.5) == np.sum(spread > 1e-3 * spread[-1])  # what hardly varies is not blown up
+
+
+def test_decorrelation_does_not_depend_on_the_basis():
+  """k-means of decorrelated rows is that of the same rows turned and stretched."""
+  rows = np.random.default_rng(2).normal(0, 1, (400, 16)).astype(np.float32)
+  turned = rows @ np.random.default_rng(3).normal(0, 1, (16, 16)).astype(np.float32)
+  distance = []
+  for x in (rows, turned):
+    _, _, buffers, _ = next(_run(_fit(decorrelate=True), x, chunk=400))
+    normal = np.asarray(ours.normalised(x, buffers['mean'], buffers['scaling']))
+    distance.append(np.linalg.norm(normal[:50, None] - normal[None, :50], axis=-1))
+  np.testing.assert_allclose(*distance, atol=0.05)
+
+
+@pytest.mark.parametrize('decorrelate', [False, True])
+def test_a_constant_dimension_does_not_blow_up(decorrelate):
   rows = _rows()
   rows[:, 3] = 7
-  *_, (_, _, buffers, metrics) = _run(_fit(), rows, chunk=400)
-  assert np.all(np.isfinite(buffers['quantizer']['codebook'])) and float(buffers['deviation'][3]) == 1
+  *_, (_, _, buffers, metrics) = _run(_fit(decorrelate=decorrelate), rows, chunk=400)
+  assert np.all(np.isfinite(buffers['quantizer']['codebook'])) and np.all(np.isfinite(buffers['scaling']))
+  np.testing.assert_allclose(ours.normalised(rows, buffers['mean'], buffers['scaling'])[:, 3], 0, atol=1e-3)
 
 
 def test_kmeans_from_the_same_start_is_that_of_scikit_learn():
@@ -144,7 +168,7 @@ def test_all_clusters_end_up_in_use():
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'layer': 3}, 'layer 3'), ({'layer': 0}, 'layer 0'), ({'codebook_size': 1}, 'clusters')])
+    ({'layer': 3}, 'layer 3'), ({'layer': -1}, 'layer -1'), ({'codebook_size': 1}, 'clusters')])
 def test_settings_that_cannot_work_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
     _fit(**change)
