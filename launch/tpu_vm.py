@@ -133,7 +133,7 @@ def _start(args: argparse.Namespace, resource: _Resource) -> list[command.Comman
       f'RestartPreventExitStatus={" ".join(map(str, command.FINAL))}',
       'KillMode=mixed',  # SIGTERM for the trainer alone; its workers are its own business
       f'TimeoutStopSec={args.save_seconds}',
-      # Logins have these limits on TPU VMs, services do not: the TPU's driver locks memory.
+      # Services have low limits by default, and the TPU's driver locks memory.
       'LimitMEMLOCK=infinity',
       'LimitNOFILE=1048576',
       f'ExecStart=/bin/sh {_SCRIPT}',
