@@ -1,10 +1,12 @@
 """Stand-ins for what launchers run: each call leaves its arguments and its environment in a folder."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 import importlib
 import io
 import pathlib
+import shutil
 import socket
 import stat
 import subprocess
@@ -94,8 +96,10 @@ class Fakes:
 
 
 @pytest.fixture
-def fakes(tmp_path) -> Fakes:
-  return Fakes(tmp_path)
+def fakes(tmp_path) -> Iterator[Fakes]:
+  found = Fakes(tmp_path)
+  yield found
+  shutil.rmtree(tmp_path / 'calls')  # stand-ins that run for long end with it, also where a test has failed
 
 
 def dry(launcher: str, *arguments: str) -> str:

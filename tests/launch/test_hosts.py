@@ -17,7 +17,7 @@ cd "$HOME"; exec sh -c "$*"
 TRAINER = '''
 trap 'sleep 0.1; : > "$CALLS/saved.$JAX_PROCESS_ID"; exit 143' TERM
 echo $$ > "$CALLS/process.$JAX_PROCESS_ID"
-while :; do sleep 0.05; done
+while [ -e "$CALLS" ]; do sleep 0.05; done
 '''
 
 
@@ -106,7 +106,7 @@ def test_where_one_fails_the_others_are_ended_and_its_code_is_the_result(cluster
 
 
 def test_a_process_that_does_not_end_is_killed(cluster):
-  script = 'trap "" TERM; echo $$ > "$CALLS/process.$JAX_PROCESS_ID"; while :; do sleep 0.05; done'
+  script = 'trap "" TERM; echo $$ > "$CALLS/process.$JAX_PROCESS_ID"; while [ -e "$CALLS" ]; do sleep 0.05; done'
   process = started(cluster, script, '--save_seconds', '1')
   both_run(cluster)
   process.send_signal(signal.SIGTERM)

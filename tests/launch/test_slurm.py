@@ -98,7 +98,7 @@ def test_before_the_time_limit_it_saves_and_goes_back_into_the_queue(fakes, savi
   fakes.add('musiclm', f'''
 trap 'sleep 0.1; : > "$CALLS/saved"; {saving}' TERM
 echo $$ > "$CALLS/process.partial"; mv "$CALLS/process.partial" "$CALLS/process"
-while :; do sleep 0.05; done
+while [ -e "$CALLS" ]; do sleep 0.05; done
 ''')
   process = job(fakes, '--retries', '2', scancel='kill -TERM $(cat "$CALLS/process")')
   until((fakes.folder / 'calls' / 'process').exists)

@@ -73,7 +73,7 @@ def test_a_mistake_or_a_stop_ends_the_sweep(sweep, code):
 def test_asked_to_stop_it_waits_for_the_save(sweep, number):
   sweep.add('musiclm', '''trap 'sleep 0.1; : > "$CALLS/saved"; exit 143' TERM
 trap 'sleep 0.1; : > "$CALLS/saved"; exit 130' INT
-: > "$CALLS/begun"; while :; do sleep 0.05; done''')
+: > "$CALLS/begun"; while [ -e "$CALLS" ]; do sleep 0.05; done''')
   process = sweep.start('sweep', 'rates.txt', '--workdir', '/runs', *COMMON, start_new_session=True)
   until((sweep.folder / 'calls' / 'begun').exists)
   os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
