@@ -1,4 +1,5 @@
 # Sourced by the other scripts: finding a Python that the project supports, and making an environment with it.
+# shellcheck shell=bash
 
 # The tests start dozens of processes. Without compiled files each would compile JAX again, for longer than it runs.
 export PYTHONDONTWRITEBYTECODE=

@@ -539,7 +539,8 @@ def _split_bindings(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
   return rest, bindings
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """The command line, without running it; the launchers check with this what they will start. Raises UsageError."""
   rest, bindings = _split_bindings(argv)
   args = _parser().parse_args(rest)
   if args.verb is None:
@@ -600,7 +601,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
   warnings.showwarning = _show_warning
   show = '--traceback' in argv or os.environ.get('MUSICLM_TRACEBACK', '') not in ('', '0')
   try:
-    args = _parse(argv)
+    args = parse(argv)
     args.run(args)
   except (Exception, KeyboardInterrupt) as error:
     code, text, expected = _explain(error)
