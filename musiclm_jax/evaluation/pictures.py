@@ -200,7 +200,7 @@ def over_layers(panels: Mapping[str, tuple[Mapping[str, Sequence[float]], Mappin
     axes.grid(color='#e5e7eb', lw=0.6)
     axes.set_title(name, fontsize=9)
     axes.tick_params(labelsize=7)
-  grid[0].legend(fontsize=6, frameon=False)
+  figure.legend(*grid[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=7, frameon=False)
   return _bytes(figure, 'png')
 
 

@@ -77,7 +77,7 @@ class W2vBertTraining(Objective):
             'slot': jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
 
   def start(self, model: W2vBert, batch: Batch, key: jax.Array) -> Any:
-    """Normalises the mel bands by the first batch, and starts the quantizer as a k-means of the features in it.
+    """Normalises the mel bands by the first batch, and starts the quantizer as a k-means of what is to be predicted.
 
     Our choice: the cells of a random partition cut through what belongs together. At size tiny drum styles can be
     read from the first codes of a k-means with an accuracy of 0.64 and from those of a random partition with 0.46.
