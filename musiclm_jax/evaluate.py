@@ -135,15 +135,22 @@ class _Measure:
     self.cascade = Cascade(root)
     self.audio = records.RecordSet(root / RECORDS, 'test')
     self.rate = self.audio.header.streams['audio']['sample_rate']
-    pairs = root / PAIRS
-    self.pairs = records.RecordSet(pairs, 'test') if pairs.is_dir() else self.audio
-    self.notes = []
-    if pairs.is_dir():
-      self.notes.append('The music came without captions: MuLan was trained on the built-in music and its texts, and '
-                        'what concerns texts is measured there.')
-    if (root / MORE_PAIRS).is_dir():
-      self.notes.append('MuLan was trained on the captions and on as many texts of the built-in music; what concerns '
-                        'texts is measured on held-out clips that have a caption.')
+    self.pairs, self.notes = self._pairs()
+
+  def _pairs(self) -> tuple[records.RecordSet, list[str]]:
+    """Where what concerns texts is measured, and what to say of it."""
+    if (pairs := self.root / PAIRS).is_dir():
+      return records.RecordSet(pairs, 'test'), [
+          'The music came without captions: MuLan was trained on the built-in music and its texts, and what concerns '
+          'texts is measured there.']
+    if not (pairs := self.root / MORE_PAIRS).is_dir():
+      return self.audio, []
+    note = 'MuLan was trained on the captions and, as often, on the built-in music and its texts'
+    described = sum(map(bool, self.audio.text_kinds))
+    if described >= self.amounts.prompts:
+      return self.audio, [f'{note}; what concerns texts is measured on the held-out clips that have a caption.']
+    return records.RecordSet(pairs, 'test'), [
+        f'{note}; what concerns texts is measured there, as only {described} held-out clips have a caption.']
 
   @functools.cached_property
   def seconds(self) -> float:
@@ -172,8 +179,6 @@ class _Measure:
   @functools.cached_property
   def held_out_pairs(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
     described = [i for i, kinds in enumerate(self.pairs.text_kinds) if kinds]
-    if not described:
-      raise FileNotFoundError(f'no held-out clip of {self.pairs.directory} has a text')
     if self.pairs is self.audio and len(described) == len(self.audio):
       return self.held_out
     return self.clips(self.pairs, self.amounts.clips, described)
@@ -295,8 +300,7 @@ class _Measure:
     trained = semantic_figures.tokens(self.cascade.part('semantic').model, clips_NxT)
     untrained = semantic_figures.tokens(checkpoint.load(self.root / BASELINES / 'semantic_tokens').model, clips_NxT)
     fit_NxT, _ = self.clips(records.RecordSet(self.root / RECORDS, 'train'), self.amounts.clips)
-    log_mel = probes.log_mel_tokens(fit_NxT, clips_NxT, spec.codebook_size, sample_rate=self.rate,
-                                    frame_rate=spec.frame_rate, seed=self.seed)
+    log_mel = probes.log_mel_tokens(self.cascade.part('semantic').objective, fit_NxT, clips_NxT, seed=self.seed)
     asked = semantic_figures.composer_probes(
         [e['attributes'] for e in examples], trained.shape[1], spec.frame_rate) if self.composed else {}
     figures = semantic_figures.semantic_figures(

@@ -1,9 +1,9 @@
 """Which layer of a w2v-BERT to make semantic tokens from: what the tokens of each would tell.
 
-Every layer gets its own clusters, fitted as `SemanticTokenizer` fits those that ship, beside the same layers before
-training and k-means of plain log-mel.
+Every layer gets its own clusters, fitted as `SemanticTokenizer` does, beside the same layers before training and
+k-means of plain log-mel.
 
-Shapes: N clips, T samples, F frames, L layers, D width, K codes.
+Shapes: N clips, T samples, F frames, R answers to a probe.
 """
 from __future__ import annotations
 
@@ -16,23 +16,19 @@ from typing import Any
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
+import soxr
 
 from musiclm_jax.data import composer, noise, records as recordset, source, token_counts
-from musiclm_jax.data.batches import AudioBatches
 from musiclm_jax.evaluation import batched, pictures, probes, semantic_figures, statistics, tables
-from musiclm_jax.nn.quantize import nearest
 from musiclm_jax.semantic.model import W2vBert, W2vBertConfig
-from musiclm_jax.semantic.tokenizer import normalised, SemanticTokenizer
-from musiclm_jax.training import accumulate, checkpoint, state as states
+from musiclm_jax.semantic.tokenizer import SemanticTokenizer
+from musiclm_jax.training import checkpoint, state as states
 from musiclm_jax.training.checkpoint import Loaded
-from musiclm_jax.training.partition import Partitioner
 
 TRAINED, UNTRAINED, LOG_MEL = 'trained', 'untrained', 'log_mel'
 _BATCH = 8
 _ROWS_PER_CODE = 200  # to fit clusters on
-_GROUP_BYTES = 2 ** 31  # rows of layers that are held at a time
 _NOISE_DB = 10.0  # how far the noise of the harder test lies below the music
 # Of the harder tests: fitted on clean clips and asked in noise; fitted on other leads, or other keys, than asked.
 CLEAN, NOISE, OTHER_LEADS, OTHER_KEYS = 'clean', 'noise', 'other_leads', 'other_keys'
@@ -113,10 +109,10 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
   fit_NxT, _ = _clips(source.open_corpus(records, 'train', 'direct'), amounts.fit_clips, amounts.seconds, encoder)
   used_NxT, examples = _clips(source.open_corpus(records, 'test', 'direct'), amounts.clips, amounts.seconds, encoder)
   asked_NxT = used_NxT
-  if not all('chord_times' in e.get('attributes', ()) for e in examples):
-    asked_NxT, examples = _clips(
-        composer.Corpus(first=1_000_000, size=amounts.clips, seconds=amounts.seconds, split='test'), amounts.clips,
-        amounts.seconds, encoder)
+  if str(records) == source.BUILT_IN or not all('chord_times' in e.get('attributes', ()) for e in examples):
+    # Pieces that no record set of the built-in music has.
+    unheard = composer.Corpus(first=1_000_000, size=amounts.clips, seconds=amounts.seconds, split='test')
+    asked_NxT, examples = _clips(unheard, amounts.clips, amounts.seconds, encoder)
   heard = {CLEAN: asked_NxT, NOISE: _with_noise(asked_NxT, rate, seed)}
   frames = asked_NxT.shape[1] // encoder.samples_per_frame
   asked = _Asked([e['attributes'] for e in examples], frames, encoder.frame_rate, seed)
@@ -125,7 +121,7 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
 
   found: dict[tuple[str, str], dict[str, Any]] = {}
   right: dict[tuple[str, str], dict[tuple[str, str], np.ndarray]] = {}
-  for network, layer, tokens_of in _tokenizers(loaded, clusters, fit_NxT, rate, seed):
+  for network, layer, tokens_of in _tokenizers(loaded, clusters, fit_NxT, seed):
     at = network, layer
     used_NxF = tokens_of(used_NxT)
     counts_1xK = token_counts.level_counts(used_NxF[..., None], codes)
@@ -139,7 +135,8 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
     found[at]['probes'] = asked.figures(right[at], {name: right[rival] for name, rival in rivals.items()})
   figures = {
       'run': str(folder), 'hash': loaded.content_hash, 'step': loaded.step, 'records': str(records), 'codes': codes,
-      'fit_clips': len(fit_NxT), 'clips': len(used_NxT), 'probe_clips': len(asked_NxT),
+      'fit_clips': len(fit_NxT), 'fit_seconds': fit_NxT.shape[1] / rate, 'clips': len(used_NxT),
+      'probe_clips': len(asked_NxT),
       'seconds': asked_NxT.shape[1] / rate, 'noise_db': _NOISE_DB, 'seed': seed, 'chance': asked.chance(),
       'layers': list(found.values())}
   output = pathlib.Path(output or folder)
@@ -151,17 +148,25 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
 
 def _clips(corpus: source.Corpus, count: int, seconds: float, encoder: W2vBertConfig,
            ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-  """Clips [N, T] from all over a corpus, and their examples without audio; as many whole frames as the shortest has."""
-  batches = AudioBatches(corpus, seconds=seconds, sample_rate=encoder.mel.sample_rate, batch_size=1, order='sequential')
-  chosen = np.unique(np.linspace(0, batches.num_clips - 1, min(count, batches.num_clips)).astype(int))
+  """Clips [N, T] from all over a corpus, and their examples without audio.
+
+  All are as long as nine tenths of them are, `seconds` at most; the others are left out.
+  """
+  rate = encoder.mel.sample_rate
   clips, examples = [], []
-  for index in chosen:
-    example = batches.examples(int(index))[0]
-    clip = example.pop('audio')[:batches.samples]
-    clips.append(recordset.from_pcm(clip) if clip.dtype == np.int16 else clip)
+  for index in np.unique(np.linspace(0, len(corpus) - 1, min(count, len(corpus))).astype(int)):
+    example = dict(corpus[int(index)])
+    clip = example.pop('audio')
+    clip = recordset.from_pcm(clip) if clip.dtype == np.int16 else clip
+    if example['sample_rate'] != rate:
+      clip = soxr.resample(clip, example['sample_rate'], rate)
+    clips.append(clip)
     examples.append(example)
-  shortest = min(map(len, clips)) // encoder.samples_per_frame * encoder.samples_per_frame
-  return np.stack([clip[:shortest] for clip in clips]), examples
+  lengths = np.array([len(clip) for clip in clips])
+  length = min(seconds * rate, np.quantile(lengths, 0.1, method='lower'))
+  length = int(length) // encoder.samples_per_frame * encoder.samples_per_frame
+  kept = np.flatnonzero(lengths >= length)
+  return np.stack([clips[i][:length] for i in kept]), [examples[i] for i in kept]
 
 
 def _with_noise(audio_NxT: np.ndarray, rate: int, seed: int) -> np.ndarray:
@@ -172,7 +177,7 @@ def _with_noise(audio_NxT: np.ndarray, rate: int, seed: int) -> np.ndarray:
                    for clip, n in ((clip, noises[i]['audio']) for i, clip in enumerate(audio_NxT))])
 
 
-def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray, rate: int, seed: int,
+def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray, seed: int,
                 ) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
   """(network, layer, function from clips [N, T] to tokens [N, F]) of every layer and of the baseline."""
   encoder = loaded.objective.encoder
@@ -181,40 +186,21 @@ def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray
   wanted = _ROWS_PER_CODE * clusters.codebook_size
   clips = min(len(fit_NxT), -(-wanted // (fit_NxT.shape[1] // encoder.samples_per_frame)))
   fit_NxT = fit_NxT[np.linspace(0, len(fit_NxT) - 1, clips).astype(int)]
-  row_bytes = 4 * encoder.masked.width * clips * (fit_NxT.shape[1] // encoder.samples_per_frame)
-  group = max(1, _GROUP_BYTES // row_bytes)
-  mel = lambda audio_NxT: probes.log_mel_rows(
-      audio_NxT, frame_rate=encoder.frame_rate, sample_rate=rate, batch_size=_BATCH)
-  fitted = _fitted(clusters, mel(fit_NxT), seed)
-  yield LOG_MEL, '', lambda audio_NxT: np.asarray(_tokens(fitted, jnp.asarray(mel(audio_NxT))))
+  mel = lambda audio_NxT: probes.log_mel_rows(encoder, audio_NxT, batch_size=_BATCH)
+  found = probes.fitted(clusters, mel(fit_NxT), seed)
+  yield LOG_MEL, '', lambda audio_NxT: np.asarray(probes.tokens(found, mel(audio_NxT)))
   for network, model in ((UNTRAINED, untrained), (TRAINED, loaded.model)):
-    for first in range(0, len(encoder.layer_names), group):
-      run = states.compiled(model, _some_layers(first, first + group))
-      rows_NxLxFxD = batched.in_batches(run, fit_NxT, batch_size=_BATCH)
-      for place, layer in enumerate(encoder.layer_names[first:first + group]):
-        one = states.compiled(model, _some_layers(first + place, first + place + 1))
-        fitted = _fitted(clusters, rows_NxLxFxD[:, place], seed)
-        yield network, layer, lambda audio_NxT, one=one, fitted=fitted: batched.in_batches(
-            lambda audio: _tokens(fitted, one(audio)[:, 0]), audio_NxT, batch_size=_BATCH)
+    run = states.compiled(model, _one_layer)
+    for place, layer in enumerate(encoder.layer_names):
+      features = lambda audio, run=run, place=place: run(audio, np.int32(place))
+      found = probes.fitted(clusters, batched.in_batches(features, fit_NxT, batch_size=_BATCH), seed)
+      yield network, layer, lambda audio_NxT, features=features, found=found: batched.in_batches(
+          lambda audio: probes.tokens(found, features(audio)), audio_NxT, batch_size=_BATCH)
 
 
-def _some_layers(first: int, last: int) -> Callable[[W2vBert, jax.Array], jax.Array]:
-  return lambda model, audio_BxN: jnp.moveaxis(model.every_layer(audio_BxN)[first:last], 0, 1)
-
-
-def _fitted(clusters: SemanticTokenizer, rows_NxFxD: np.ndarray, seed: int) -> dict[str, Any]:
-  """Moments and centres as the tokenizer fits them."""
-  width = rows_NxFxD.shape[-1]
-  start = {'mean': jnp.zeros((width,)), 'scaling': jnp.eye(width)}
-  passes = accumulate.run(clusters, start, rows_NxFxD.reshape(-1, width), Partitioner(), jax.random.key(seed))
-  *_, (_, _, fitted, _) = passes
-  return jax.device_get(fitted)
-
-
-@jax.jit
-def _tokens(fitted: Mapping[str, Any], features_BxFxD: jax.Array) -> jax.Array:
-  rows = normalised(features_BxFxD, fitted['mean'], fitted['scaling'])
-  return nearest(rows, fitted['quantizer']['codebook'][0])
+def _one_layer(model: W2vBert, audio_BxN: jax.Array, place: jax.Array) -> jax.Array:
+  """Features of the layer at a place that is not known when this is compiled: one program serves all."""
+  return jax.lax.dynamic_index_in_dim(model.every_layer(audio_BxN), place, keepdims=False)
 
 
 class _Asked:
@@ -235,10 +221,12 @@ class _Asked:
     for name in self.probes:
       found[CLEAN, name] = ask(name)
       found[NOISE, name] = ask(name, heard_NxF=tokens[NOISE])
-    for test, (fact, names) in _APART.items():
-      apart_N = np.array([str(f.get(fact, '')) for f in self.facts])
-      found |= {(test, name): ask(name, apart_N=apart_N) for name in names}
+    for test, (_, names) in _APART.items():
+      found |= {(test, name): ask(name, apart_N=self._groups(test)) for name in names}
     return found
+
+  def _groups(self, test: str) -> np.ndarray:
+    return np.array([str(f.get(_APART[test][0], '')) for f in self.facts])
 
   def figures(self, right: Mapping[tuple[str, str], np.ndarray],
               rivals: Mapping[str, Mapping[tuple[str, str], np.ndarray]]) -> dict[str, dict[str, Any]]:
@@ -246,9 +234,11 @@ class _Asked:
     found: dict[str, dict[str, Any]] = {}
     for at, right_R in right.items():
       test, name = at
-      clips_R, _ = self.probes[name].chosen
-      interval = lambda values_R, clips_R=clips_R: statistics.bootstrap_interval(
-          values_R, clips_R, seed=self.seed).as_dict()
+      groups_R, _ = self.probes[name].chosen
+      if test in _APART:  # what is wrong for one lead is wrong for its clips together
+        groups_R = self._groups(test)[groups_R]
+      interval = lambda values_R, groups_R=groups_R: statistics.bootstrap_interval(
+          values_R, groups_R, seed=self.seed).as_dict()
       gains = {rival: interval(right_R.astype(float) - there[at]) for rival, there in rivals.items()}
       found.setdefault(test, {})[name] = {**interval(right_R), **({'gains': gains} if gains else {})}
     return found

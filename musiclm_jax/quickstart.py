@@ -57,7 +57,7 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
   """The steps in the order in which they are started where nothing else decides."""
   path = lambda *parts: str(root.joinpath(*parts))
   # Without texts of their own, recordings are described in the words of the built-in music. Captions are seldom enough
-  # to learn a language from: MuLan sees as many built-in pairs beside them.
+  # to learn a language from: MuLan sees built-in pairs beside them, as often.
   pairs = RECORDS if audio_dir is None else MORE_PAIRS if captions else PAIRS
   texts = str({path(RECORDS): 1, path(pairs): 1}) if captions else path(pairs)
   steps = []
@@ -69,8 +69,9 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
     steps.append(Step('prepare', ('prepare', '--audio_dir', audio_dir, *extra, '--output_dir', path(RECORDS)),
                       all_processors=True))
   if audio_dir is not None:
+    # After the music: where that is refused, there is no folder that would mean another way of training.
     steps.append(Step('pairs', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(pairs)),
-                      all_processors=True))
+                      ('prepare',), all_processors=True))
   with_pairs = tuple(step.name for step in steps)
 
   def train(name: str, experiment: str, after: tuple[str, ...], *, workdir: str = '', **macros: Any) -> Step:

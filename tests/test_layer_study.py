@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from musiclm_jax import layer_study, main
-from musiclm_jax.data import prepare
+from musiclm_jax.data import composer, prepare
 from tests.trainings import experiment, write_signals
 
 FEW = layer_study.Amounts(fit_clips=12, clips=16, seconds=3.0, codes=8)
@@ -73,3 +73,21 @@ def test_another_network_is_refused(folder, tmp_path):
   built.build(workdir=str(tmp_path / 'mulan'), dry_run=False)
   with pytest.raises(ValueError, match='holds a MuLanTraining, not a w2v-BERT'):
     layer_study.study(tmp_path / 'mulan')
+
+
+def test_a_network_of_another_rate_hears_the_built_in_music_at_its_own(tmp_path):
+  encoder = experiment('w2v_bert', **{'w2v/spectral.MelConfig.sample_rate': 16000, 'w2v/spectral.MelConfig.hop': 160,
+                                      'W2V_MEL_WINDOW': 400, 'W2V_MEL_FFT': 512}).argument('objective').encoder
+  corpus = composer.Corpus(size=3, seconds=2.0)
+  clips, examples = layer_study._clips(corpus, 3, 10.0, encoder)
+  assert clips.shape == (3, 32000)
+  spectrum = lambda x, rate: np.abs(np.fft.rfft(x[:rate], rate))[50:4000]  # a second: a bin is 1 Hz
+  there, here = spectrum(corpus[0]['audio'], 24000), spectrum(clips[0], 16000)
+  assert np.corrcoef(there, here)[0, 1] > 0.99
+
+
+def test_a_short_clip_is_left_out_and_cuts_no_other():
+  encoder = experiment('w2v_bert').argument('objective').encoder
+  clip = lambda seconds: {'audio': np.ones(int(24000 * seconds), np.float32), 'sample_rate': 24000}
+  clips, examples = layer_study._clips([clip(1.0), *(clip(4.0) for _ in range(19))], 20, 3.0, encoder)
+  assert clips.shape == (19, 72000) and len(examples) == 19

@@ -27,7 +27,7 @@ def test_every_line_is_used_and_tokens_stay_25_a_second(size):
 
 @pytest.fixture(scope='module')
 def speech(tmp_path_factory):
-  """Records at 16 kHz: noises of changing pitch, as far from the built-in music as anything."""
+  """Records at 16 kHz: tones of changing pitch, as far from the built-in music as anything."""
   rng = np.random.default_rng(0)
 
   def clip(i):
@@ -49,6 +49,15 @@ def test_a_small_one_makes_tokens_of_speech(speech, tmp_path):
   model = checkpoint.load(tmp_path / 'tokens').model
   tokens = model.tokens(np.zeros((1, 32000), np.float32))
   assert tokens.shape == (1, 50, 1)
+  again = lambda **more: experiment('semantic_tokens', 'nano', W2V_WORKDIR=tmp_path / 'w2v_bert', **one, **more).build(
+      workdir=str(tmp_path / 'tokens'), dry_run=False)
+  again(SEMANTIC_TOKENS_ITERATIONS=5)  # goes on
+  with pytest.raises(ValueError, match='was fitted otherwise: layer: 3 != 1'):
+    again(SEMANTIC_TOKENS_LAYER=1)
+  about = next((tmp_path / 'w2v_bert' / 'checkpoints').glob('*/about/specs.json'))
+  about.write_text(about.read_text().replace('spectrogram', 'features'))
+  with pytest.raises(ValueError, match='made by another version of musiclm_jax. Then train it again'):
+    checkpoint.load(tmp_path / 'w2v_bert')
 
 
 def test_music_at_24_khz_is_refused(tmp_path):

@@ -90,20 +90,17 @@ class Batches:
     needed = self.min_clips or (1 if self.order == 'sequential' else self.batch_size)
     usable = sum(len(c) for c in self._parts[0])
     if usable < needed:
-      raise ValueError(f'{usable} usable clips, batch {needed}: use a smaller batch or more music')
+      why = f' ({self._lost})' if self._lost else ''
+      raise ValueError(f'{usable} usable clips, batch {needed}: use a smaller batch or more music{why}')
     _ = self._map  # errors in rates or sizes are raised here, not in the first step
 
   @functools.cached_property
   def _parts(self) -> tuple[tuple[source.Corpus, ...], tuple[float, ...] | None]:
     """The corpora with what cannot be used taken out."""
     corpora, rates = source.parts(self.corpus)
-    for corpus in corpora:
-      self._check_corpus(corpus)
-    masks = [self._usable(c) for c in corpora]
-    lost = sum(int(np.sum(~m)) for m in masks if m is not None)
-    if not lost:
+    masks, message = self._masks, self._lost
+    if not message:
       return corpora, rates
-    message = self._unusable_message(lost, sum(len(c) for c in corpora))
     if self.unusable == 'refuse':
       raise ValueError(message)
     warnings.warn(f'{message}; they are left out', stacklevel=1)
@@ -112,6 +109,19 @@ class Batches:
     if rates is not None:
       rates = tuple(r for r, c in zip(rates, kept) if len(c))
     return tuple(c for c in kept if len(c)), rates
+
+  @functools.cached_property
+  def _masks(self) -> list[np.ndarray | None]:
+    corpora, _ = source.parts(self.corpus)
+    for corpus in corpora:
+      self._check_corpus(corpus)
+    return [self._usable(c) for c in corpora]
+
+  @functools.cached_property
+  def _lost(self) -> str:
+    """What cannot be used, and why; empty where everything can."""
+    lost = sum(int(np.sum(~m)) for m in self._masks if m is not None)
+    return self._unusable_message(lost, sum(len(c) for c in source.parts(self.corpus)[0])) if lost else ''
 
   @functools.cached_property
   def _map(self) -> source.IndexMap | None:

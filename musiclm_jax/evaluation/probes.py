@@ -10,11 +10,17 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from sklearn import cluster, linear_model, model_selection, pipeline, preprocessing
+from sklearn import linear_model, model_selection, pipeline, preprocessing
 
 from musiclm_jax.evaluation import batched, statistics
 from musiclm_jax.nn import spectral
+from musiclm_jax.nn.quantize import nearest
+from musiclm_jax.semantic.model import W2vBertConfig
+from musiclm_jax.semantic.tokenizer import normalised, SemanticTokenizer
+from musiclm_jax.training import accumulate
+from musiclm_jax.training.partition import Partitioner
 
 # A label that says "not known here"; such clips or frames are left out.
 UNKNOWN = ''
@@ -122,12 +128,28 @@ def probe_figures(tokens: Mapping[str, np.ndarray], codebook_size: int, asked: M
   figures: dict[str, dict[str, Any]] = {}
   for name, probe in asked.items():
     clips, _ = probe.chosen
-    figures[name] = {'chance': statistics.majority_share(probe.answers), 'clips': len(np.unique(clips))}
+    found: dict[str, Any] = {}
     for tokenizer, tokens_NxF in tokens.items():
       right = answered(probe, tokens_NxF, codebook_size, folds=folds, seed=seed)
       interval = statistics.bootstrap_interval(right, clips, seed=seed)
-      figures[name] |= {tokenizer: interval.value, f'{tokenizer}_interval': [interval.low, interval.high]}
+      found |= {tokenizer: interval.value, f'{tokenizer}_interval': [interval.low, interval.high]}
+    figures[name] = {**found, 'chance': statistics.majority_share(probe.answers), 'clips': len(np.unique(clips))}
   return figures
+
+
+def fitted(tokenizer: SemanticTokenizer, rows_NxFxD: np.ndarray, seed: int) -> dict[str, Any]:
+  """Normalisation and centres of any rows, as the tokenizer fits them to those of its encoder."""
+  width = rows_NxFxD.shape[-1]
+  start = {'mean': jnp.zeros((width,)), 'scaling': jnp.eye(width)}
+  passes = accumulate.run(tokenizer, start, rows_NxFxD.reshape(-1, width), Partitioner(), jax.random.key(seed))
+  *_, (_, _, buffers, _) = passes
+  return jax.device_get(buffers)
+
+
+@jax.jit
+def tokens(found: Mapping[str, Any], rows_NxFxD: jax.Array) -> jax.Array:
+  """Tokens int32 [N, F] of rows, with what `fitted` found."""
+  return nearest(normalised(rows_NxFxD, found['mean'], found['scaling']), found['quantizer']['codebook'][0])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -135,25 +157,18 @@ def _log_mel(x_BxN: jax.Array, config: spectral.MelConfig) -> jax.Array:
   return spectral.log_mel(x_BxN, config)
 
 
-def log_mel_rows(audio_NxT: np.ndarray, *, frame_rate: float = 25.0, sample_rate: int = 24000, bands: int = 64,
-                 batch_size: int = 16) -> np.ndarray:
-  """Plain log-mel frames at the rate of the tokens, float32 [N, F, M]."""
-  hop = round(sample_rate / frame_rate)
-  config = spectral.MelConfig(sample_rate=sample_rate, window=2 * hop, hop=hop, bands=bands)
+def log_mel_rows(encoder: W2vBertConfig, audio_NxT: np.ndarray, *, bands: int = 64, batch_size: int = 16) -> np.ndarray:
+  """Plain log-mel frames at the rate of an encoder's features, float32 [N, F, M]."""
+  hop = encoder.samples_per_frame
+  config = spectral.MelConfig(sample_rate=encoder.mel.sample_rate, window=2 * hop, hop=hop, bands=bands)
   return batched.in_batches(lambda b: _log_mel(b, config), np.asarray(audio_NxT, np.float32), batch_size=batch_size)
 
 
-def log_mel_tokens(fit_NxT: np.ndarray, audio_NxT: np.ndarray, codebook_size: int, *, seed: int = 0,
-                   **options: Any) -> np.ndarray:
-  """Tokens of a k-means of `log_mel_rows`: the baseline that knows no learning, int32 [N, F].
+def log_mel_tokens(tokenizer: SemanticTokenizer, fit_NxT: np.ndarray, audio_NxT: np.ndarray, *, seed: int = 0,
+                   ) -> np.ndarray:
+  """Tokens int32 [N, F] of k-means of `log_mel_rows`: the baseline that knows no learning.
 
-  Fitted on the clips `fit`, applied to `audio`; bands are normalised by their mean and deviation first, as
-  the semantic tokenizer does with its features.
+  Fitted to the clips `fit` as the tokenizer is, applied to `audio`.
   """
-  fit_NxFxM, mels_NxFxM = (log_mel_rows(x, **options) for x in (fit_NxT, audio_NxT))
-  bands = fit_NxFxM.shape[-1]
-  scaler = preprocessing.StandardScaler().fit(fit_NxFxM.reshape(-1, bands))
-  means = cluster.MiniBatchKMeans(codebook_size, batch_size=4096, n_init=1, max_iter=30, random_state=seed)
-  means.fit(scaler.transform(fit_NxFxM.reshape(-1, bands)))
-  tokens = means.predict(scaler.transform(mels_NxFxM.reshape(-1, bands)))
-  return tokens.reshape(mels_NxFxM.shape[:2]).astype(np.int32)
+  found = fitted(tokenizer, log_mel_rows(tokenizer.encoder, fit_NxT), seed)
+  return np.asarray(tokens(found, log_mel_rows(tokenizer.encoder, audio_NxT)))

@@ -191,11 +191,12 @@ def spread_rows(x_NxD: jax.Array, count: int, key: jax.Array) -> jax.Array:
 
 
 def scaling_of(covariance_DxD: jax.Array, *, decorrelate: bool) -> tuple[jax.Array, jax.Array]:
-  """The symmetric matrix that gives dimensions the variance 1, and no correlation where asked for, [D, D].
+  """S [D, D] with which the dimensions of (x - mean) S have variance 1 and, where asked for, no correlation.
 
-  A dimension that never changes carries nothing; dividing by its deviation would make noise of it. Of all matrices that
-  decorrelate, the symmetric one changes little where the covariance does, however near its eigenvalues lie (and k-means
-  does not care for a rotation). Returns it and the number of dimensions that never change.
+  A dimension that never changes carries nothing; dividing by its deviation would make noise of it. Directions that
+  hardly vary keep less than 1, for the same reason. Of all matrices that decorrelate what was brought to variance 1,
+  the symmetric one changes little where the covariance does, however near its eigenvalues lie (and k-means does not
+  care for a rotation). Returns S and the number of dimensions that never change.
   """
   variance_D = jnp.diagonal(covariance_DxD)
   constant_D = variance_D <= 1e-10
@@ -203,7 +204,8 @@ def scaling_of(covariance_DxD: jax.Array, *, decorrelate: bool) -> tuple[jax.Arr
   if not decorrelate:
     return jnp.diag(1 / deviation_D), jnp.sum(constant_D)
   spread_D, direction_DxD = jnp.linalg.eigh(covariance_DxD / (deviation_D[:, None] * deviation_D))
-  shrunk_DxD = direction_DxD * jax.lax.rsqrt(jnp.maximum(spread_D, _LEAST_VARIANCE * spread_D[-1]))
+  least = jnp.maximum(_LEAST_VARIANCE * spread_D[-1], 1e-10)  # 0 where nothing ever changes
+  shrunk_DxD = direction_DxD * jax.lax.rsqrt(jnp.maximum(spread_D, least))
   product = jnp.matmul(shrunk_DxD, direction_DxD.T, precision=jax.lax.Precision.HIGHEST)
   return product / deviation_D[:, None], jnp.sum(constant_D)
 

@@ -9,6 +9,7 @@ groups, V codes a group, E width of the contrastive space.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 from flax import nnx
@@ -49,7 +50,7 @@ class W2vBertConfig:
   groups: int
   codes: int
   code_width: int
-  targets: str = 'spectrogram'
+  targets: str = 'features'
 
   def __post_init__(self):
     if self.targets not in ('spectrogram', 'features'):
@@ -105,8 +106,8 @@ class GumbelQuantizer(nnx.Module):
     self.shape = (groups, codes)
     # A random partition, sharp from step 0 (unit weights on normalised features, as wav2vec 2.0 starts), until
     # `kmeans_start` gives a better one.
-    self.logits = Linear(
-        width, groups * codes, axes=('embed', 'codebook'), bias=True, scale=width**0.5, rngs=rngs)
+    # Rows of a spectrogram are few: nothing is gained by sharding them.
+    self.logits = Linear(width, groups * codes, axes=(None, 'codebook'), bias=True, scale=width**0.5, rngs=rngs)
     vectors = jax.random.normal(rngs.params(), (groups, codes, code_width // groups))
     self.vectors = nnx.Param(vectors, axes=(None, 'codebook', None))
     self.project = Linear(code_width, code_width, bias=True, rngs=rngs)
@@ -120,13 +121,15 @@ class GumbelQuantizer(nnx.Module):
     pitches and timbres.
     """
     mean_D = jnp.mean(rows_NxD, axis=0)
-    covariance_DxD = jnp.cov(rows_NxD, rowvar=False, bias=True)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    centred_NxD = rows_NxD - mean_D
+    covariance_DxD = product(centred_NxD.T, centred_NxD) / len(rows_NxD)
     weights, biases = [], []
     for group, group_key in enumerate(jax.random.split(key, self.shape[0])):
       scaling_DxD, _ = scaling_of(covariance_DxD, decorrelate=group % 2 == 1)
-      centres_VxD = kmeans((rows_NxD - mean_D) @ scaling_DxD, self.shape[1], group_key)
-      weights.append(scaling_DxD @ centres_VxD.T)
-      biases.append(-mean_D @ weights[-1] - jnp.sum(jnp.square(centres_VxD), axis=-1) / 2)
+      centres_VxD = kmeans(product(centred_NxD, scaling_DxD), self.shape[1], group_key)
+      weights.append(product(scaling_DxD, centres_VxD.T))
+      biases.append(-product(mean_D, weights[-1]) - jnp.sum(jnp.square(centres_VxD), axis=-1) / 2)
     return jnp.concatenate(weights, axis=1), jnp.concatenate(biases)
 
   def __call__(self, x_BxTxD: jax.Array, *, temperature: jax.Array | float = 1.0,

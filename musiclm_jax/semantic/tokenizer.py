@@ -2,7 +2,7 @@
 
 Source: AudioLM (arXiv 2209.03143, section III-B): without a normalisation of each dimension a few of them decide it
 all. Dimensions of a network vary together, though: what many of them hold (how loud, which instrument) still decides.
-So they are decorrelated, too, unless asked not to. k-means is the residual quantizer with one level.
+So they may be decorrelated, too, which is what ships. k-means is the residual quantizer with one level.
 
 Shapes: B batch, N samples or rows, M sampled rows, T frames, D width, K clusters.
 """
@@ -46,7 +46,8 @@ class SemanticModel(nnx.Module):
     return self.encoder.layer(audio_BxN, self.layer, length_B)
 
   def tokens(self, audio_BxN: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
-    """Semantic tokens int32 [B, N // 960, 1] of mono audio at 24 kHz; those beyond `length_B` samples mean nothing."""
+    """Semantic tokens int32 [B, T, 1] of mono audio at the encoder's rate, one for each `samples_per_frame` samples;
+    those beyond `length_B` samples mean nothing."""
     features = jax.lax.stop_gradient(self.features(audio_BxN, length_B))
     return self.quantizer.encode(normalised(features, self.mean[...], self.scaling[...]))
 
@@ -75,7 +76,7 @@ class SemanticTokenizer(Fit):
   codebook_size: int
   iterations: int
   seconds: float
-  decorrelate: bool = True
+  decorrelate: bool = False
 
   def __post_init__(self):
     last = len(self.encoder.layer_names) - 1

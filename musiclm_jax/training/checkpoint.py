@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from musiclm_jax import specs
-from musiclm_jax.objective import Objective
+from musiclm_jax.objective import Fit, Objective
 from musiclm_jax.training import integrity, workdir as workdirs
 from musiclm_jax.training.state import Skeleton, TrainState
 
@@ -239,6 +239,9 @@ def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[st
   if type(saved) is not type(objective):
     raise _OtherRun(f'{where} holds a {type(saved).__name__}, but this experiment is a {type(objective).__name__}; '
                      'choose another workdir')
+  if isinstance(objective, Fit) and (difference := _of_another_fit(saved, objective)):
+    raise _OtherRun(f'{where} was fitted otherwise: {difference} (checkpoint != experiment); choose another workdir or '
+                    'the old configuration')
   skeletons = [Skeleton.of(o) for o in (saved, objective)]
   shapes = [{jax.tree_util.keystr(k): v.shape for tree in (s.params, s.buffers)
              for k, v in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(tree))} for s in skeletons]
@@ -254,6 +257,13 @@ def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[st
       kind = 'moving average of the parameters' if item == 'ema' else item
       raise _OtherRun(f'{where} has another {kind} than this experiment ({len(there)} arrays, here {len(here)}; the '
                       f'first that differs is {min(there ^ here)}); choose another workdir or the old configuration')
+
+
+def _of_another_fit(saved: Fit, fit: Fit) -> str | None:
+  """The first field that makes another fit: any but how often it goes over the rows."""
+  if hasattr(saved, 'iterations'):
+    saved = dataclasses.replace(saved, iterations=fit.iterations)
+  return specs.first_difference(saved, fit)
 
 
 def _objective(about: Mapping[str, Any], where: pathlib.Path) -> Objective:
@@ -315,7 +325,11 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   for item, state in ((params_item, skeleton.params), ('buffers', skeleton.buffers)):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(state))
-    trees[item] = ocp.StandardCheckpointer().restore(place / item, abstract) if jax.tree.leaves(abstract) else {}
+    try:
+      trees[item] = ocp.StandardCheckpointer().restore(place / item, abstract) if jax.tree.leaves(abstract) else {}
+    except ValueError as error:
+      raise ValueError(f'{place / item} does not hold the arrays of the network that its specs.json describes; was it '
+                       'made by another version of musiclm_jax? Then train it again') from error
     try:
       _check_whole(about, item, trees[item])
     except ValueError as error:

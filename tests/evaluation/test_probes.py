@@ -9,6 +9,8 @@ import pytest
 from musiclm_jax.evaluation import probes, semantic_figures
 from musiclm_jax.objective import Aux
 from musiclm_jax.semantic.objective import W2vBertTraining
+from musiclm_jax.semantic.tokenizer import SemanticTokenizer
+from tests.semantic import configs as semantic
 
 K, FRAMES, CLIPS = 8, 48, 60
 
@@ -71,7 +73,8 @@ def test_log_mel_tokens_tell_low_from_high():
   rng = np.random.default_rng(0)
   tone = lambda hz: 0.3 * np.sin(2 * np.pi * hz * t) + 1e-3 * rng.standard_normal(len(t))
   audio = np.array([tone(hz) for hz in (200, 3000) * 3])
-  tokens = probes.log_mel_tokens(audio, audio, 4, batch_size=4)
+  tokenizer = SemanticTokenizer(semantic.encoder(), layer=1, codebook_size=4, iterations=5, seconds=1.0)
+  tokens = probes.log_mel_tokens(tokenizer, audio, audio)
   assert tokens.shape == (6, 25)
   assert not set(tokens[0, 2:-2]) & set(tokens[1, 2:-2])
 

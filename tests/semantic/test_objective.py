@@ -184,6 +184,27 @@ def test_evaluation_is_the_same_every_time_and_start_normalises():
   assert float(aux.metrics['masked_cross_entropy_chance']) == float(aux.metrics['target_entropy'])
 
 
+def test_every_other_group_starts_from_decorrelated_rows():
+  """Two clusters that differ in a direction of little variance: only decorrelated rows show them."""
+  generator = np.random.default_rng(0)
+  loud = generator.normal(size=(600, 1)) * np.ones((1, 8))
+  kind = np.where(np.arange(600) % 2, 1.0, -1.0)
+  direction = np.r_[np.ones(4), -np.ones(4)]
+  rows = jnp.float32(loud + 0.15 * kind[:, None] * direction + generator.normal(0, 0.1, (600, 8)))
+  quantizer = GumbelQuantizer(8, 2, 2, 12, rngs=nnx.Rngs(0))
+  quantizer.logits.w[...], quantizer.logits.b[...] = quantizer.kmeans_start(rows, KEY)
+  ids = np.asarray(quantizer(rows[None]).ids_BxTxG)[0]
+  agree = [abs(np.corrcoef(group, kind)[0, 1]) for group in ids.T]
+  loudness = [abs(np.corrcoef(group, loud[:, 0])[0, 1]) for group in ids.T]
+  assert agree[0] < 0.2 < 0.5 < agree[1] and loudness[0] > 0.7
+
+
+def test_silence_starts_with_finite_codes():
+  quantizer = GumbelQuantizer(8, 2, 4, 12, rngs=nnx.Rngs(0))
+  for start in quantizer.kmeans_start(jnp.full((40, 8), -11.5), KEY):
+    assert np.all(np.isfinite(start))
+
+
 def test_codes_start_as_clusters_of_the_features():
   generator = np.random.default_rng(0)
   cluster = generator.integers(0, 8, 400)
@@ -197,8 +218,10 @@ def test_codes_start_as_clusters_of_the_features():
     assert len({(c, i) for c, i in zip(cluster, group)}) == 8 == len(set(group))
 
 
-def test_the_codes_do_not_shape_the_features():
-  objective, params, buffers, _ = _loss()
+@pytest.mark.parametrize('targets', ['features', 'spectrogram'])
+def test_the_codes_do_not_shape_the_features(targets):
+  objective = configs.training(encoder=configs.encoder(targets=targets))
+  _, params, buffers = configs.split(objective.model(nnx.Rngs(0)))
   # Where all codes are used alike, diversity has no gradient.
   buffers = {**buffers, 'soft_usage': jax.nn.softmax(jax.random.normal(KEY, buffers['soft_usage'].shape))}
   graphdef, _, _ = configs.split(objective.model(nnx.Rngs(0)))

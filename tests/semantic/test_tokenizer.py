@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sklearn import cluster
 
+from musiclm_jax.nn.quantize import scaling_of
 from musiclm_jax.semantic import tokenizer as ours
 from tests.semantic import configs
 
@@ -174,3 +175,9 @@ def test_all_clusters_end_up_in_use():
 def test_settings_that_cannot_work_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
     _fit(**change)
+
+
+@pytest.mark.parametrize('decorrelate', [False, True])
+def test_rows_that_never_change_give_finite_numbers(decorrelate):
+  scaling, constant = scaling_of(jnp.zeros((5, 5)), decorrelate=decorrelate)
+  assert np.all(np.isfinite(scaling)) and int(constant) == 5
