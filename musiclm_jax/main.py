@@ -125,10 +125,7 @@ def train(args: argparse.Namespace) -> None:
       args.gin_file, args.gin_bindings, search_paths=args.gin_search_path, allow=args.allow_import,
       provided=('dry_run', 'configuration', *(['workdir'] if args.workdir else [])))
   if args.distributed:
-    # Clusters that JAX knows (SLURM, GKE, TPU VMs) need neither; a hand-made one names its size and its place.
-    importlib.import_module('jax').distributed.initialize(**_cluster(
-        num_processes='JAX_NUM_PROCESSES', process_id='JAX_PROCESS_ID',
-        heartbeat_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS', shutdown_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS'))
+    _join()
   workdir = args.workdir or experiment.argument('workdir')
   configuration = experiment.operative()
   if args.dry_run:
@@ -138,6 +135,24 @@ def train(args: argparse.Namespace) -> None:
     _start_logging()
     logging.getLogger('absl').info('configuration %s, in %s/config.gin', experiment.fingerprint, workdir)
   experiment.build(workdir=workdir, dry_run=args.dry_run, configuration=configuration)
+
+
+def _join() -> None:
+  """Meets the other processes. Raises TimeoutError where they do not come."""
+  # Clusters that JAX knows (SLURM, GKE, TPU VMs) need no size and place; a hand-made one names them.
+  options = _cluster(
+      num_processes='JAX_NUM_PROCESSES', process_id='JAX_PROCESS_ID', initialization_timeout='MUSICLM_START_SECONDS',
+      heartbeat_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS', shutdown_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS')
+  try:
+    importlib.import_module('jax').distributed.initialize(**options)
+  except RuntimeError as error:
+    if 'DEADLINE_EXCEEDED' not in str(error):
+      raise
+    place = os.environ.get('JAX_COORDINATOR_ADDRESS', 'the first')
+    raise TimeoutError(
+        f'not all processes of this run have come together at {place}; are all started, with the same number of '
+        'processes (JAX_NUM_PROCESSES), and is that address reached from here? MUSICLM_START_SECONDS says how long to '
+        'wait, 300 if not set') from error
 
 
 def _cluster(**variables: str) -> dict[str, int]:

@@ -18,10 +18,11 @@ from musiclm_jax import axes, provenance, specs
 from musiclm_jax.data.prefetch import Prefetch
 from musiclm_jax.objective import Fit, Media, Objective
 from musiclm_jax.training import (
-    accumulate, checkpoint, integrity, metrics, optimizer as optimizers, state as states, tensorboard)
+    accumulate, checkpoint, goodput, integrity, metrics, optimizer as optimizers, state as states, tensorboard)
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton, TrainState
-from musiclm_jax.training.workdir import all_or_none, Interruption, make_writable, owned, Stopped
+from musiclm_jax.training.workdir import (
+    all_or_none, check_same_everywhere, Interruption, make_writable, owned, Stopped)
 
 Batches = Callable[..., dict[str, np.ndarray]]  # (step, process_index, process_count) -> this process's rows
 
@@ -166,6 +167,7 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   """
   if cadence.tensorboard:
     tensorboard.check_installed()
+  wall = goodput.WallTime()
   run = _Run(objective, optimizer, workdir, partitioner, precision, init_from, seed, data_processes)
   run.check(batches, precision.microbatches)
   if dry_run:
@@ -174,9 +176,9 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   lineage = {**getattr(getattr(batches, 'corpus', None), 'lineage', {}), **run.donor_lineage()}
   last = num_steps if stop_after is None else min(num_steps, stop_after)
   with Interruption() as interruption, run.begun(batches, lineage, configuration, keep=cadence.keep) as checkpoints:
-    state = run.restore_or_create(checkpoints, batches)
-    state = _loop(run, state, batches, eval_batches, checkpoints, cadence, last, num_steps, interruption)
-    run.save(state, checkpoints)
+    with wall.lost_to('start'):
+      state = jax.block_until_ready(run.restore_or_create(checkpoints, batches))
+    state = _loop(run, state, batches, eval_batches, checkpoints, cadence, last, wall, interruption)
   if int(state.step) < last:
     raise Stopped(interruption.signal, int(state.step))
   return state
@@ -244,6 +246,7 @@ class _Run:
             ) -> Iterator[checkpoint.Checkpoints]:
     """The workdir taken into possession, the mesh set, and the checkpoints, whose last save is whole at the end."""
     with contextlib.ExitStack() as stack:
+      check_same_everywhere(code=provenance.code_digest(), configuration=configuration)
       problem = None
       try:
         make_writable(self.workdir)
@@ -350,11 +353,12 @@ def _laid_out(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax
 
 
 def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches | None,
-          checkpoints: checkpoint.Checkpoints, cadence: Cadence, last: int, num_steps: int,
+          checkpoints: checkpoint.Checkpoints, cadence: Cadence, last: int, wall: goodput.WallTime,
           interruption: Interruption) -> TrainState:
   first = int(state.step)
   writer = metrics.MetricsWriter(run.workdir, first, tensorboard=cadence.tensorboard)
   if first >= last:
+    run.save(state, checkpoints)
     return state
   alarm, held_out_alarm = (metrics.BarAlarm(cadence.alarm_after, held_out=held_out) for held_out in (False, True))
   skipped = metrics.SkippedSteps(run.max_skipped)
@@ -391,22 +395,28 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
     progress.update(done, f'loss {float(values["loss"]):.4f}', report=report)
 
   try:
-    for step, batch in zip(range(first, last), feed):
-      state, values = run.step(state, run.partitioner.global_batch(batch), run.run_key)
+    for step in range(first, last):
+      with wall.lost_to('data'):
+        batch = next(feed)
+      with wall.lost_to('compilation') if step == first else contextlib.nullcontext():
+        state, values = run.step(state, run.partitioner.global_batch(batch), run.run_key)
       done = step + 1
       settle()
       pending = (done, values)
       # All lines of a step are written before it is saved: a run that goes on from there has them.
       if eval_batches is not None and (every(done, cadence.eval_every) or done == last):
-        measured = held_out(run, state, eval_batches, cadence.eval_batches)
-        writer.write(done, measured, part='eval')
-        # Where each text stands with the wrong clip, training learns the pairs by heart, and only this tells.
-        held_out_alarm(done, measured)
-        if cadence.tensorboard:
-          _write_media(run, state, eval_batches, writer, cadence.clips)
+        jax.block_until_ready(values)
+        with wall.lost_to('evaluation'):
+          measured = held_out(run, state, eval_batches, cadence.eval_batches)
+          writer.write(done, measured, part='eval')
+          # Where each text stands with the wrong clip, training learns the pairs by heart, and only this tells.
+          held_out_alarm(done, measured)
+          if cadence.tensorboard:
+            _write_media(run, state, eval_batches, writer, cadence.clips)
       if every(done, cadence.checkpoint_every) and done < last:
         settle()
-        run.save(state, checkpoints)
+        with wall.lost_to('checkpoints'):
+          run.save(state, checkpoints)
       if interruption.asked(done):
         break
     settle()
@@ -414,6 +424,11 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
     progress.close()
     feed.close()
     writer.close()
+  with wall.lost_to('checkpoints'):
+    run.save(state, checkpoints)
+  report = wall.report(first, int(state.step), writer.forgotten)
+  goodput.write(run.workdir, report)
+  logging.info('%s', goodput.words(report))
   return state
 
 

@@ -101,15 +101,18 @@ def held_out(objective: Objective, evaluate: Callable[[Any, jax.Array], tuple[ja
 class MetricsWriter:
   """Appends to <workdir>/metrics.jsonl, and to an event file in <workdir>/tensorboard if asked; from process 0 only.
 
-  Of a resumed run both forget the steps that it will take again.
+  Of a resumed run both forget the steps that it will take again; `forgotten` is how many there are, as far as they were
+  reported.
   """
 
   def __init__(self, workdir: str | os.PathLike, first_step: int = 0, *, tensorboard: bool = False):
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
     self._active = jax.process_index() == 0
-    self._first_step, self._tensorboard = first_step, tensorboard
+    self._first_step, self._tensorboard, self.forgotten = first_step, tensorboard, 0
     if self._active and self._path.exists():
-      kept = [line for line in read(self._path) if line['step'] <= first_step]
+      lines = read(self._path)
+      self.forgotten = max([0, *(line['step'] - first_step for line in lines)])
+      kept = [line for line in lines if line['step'] <= first_step]
       temporary = self._path.with_suffix('.partial')
       temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
       temporary.replace(self._path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -49,6 +50,20 @@ def all_or_none(fine: bool) -> bool:
   if jax.process_count() == 1:
     return fine
   return bool(multihost_utils.process_allgather(np.array(fine)).all())
+
+
+def check_same_everywhere(**facts: str) -> None:
+  """Raises ValueError on all processes where one of them has another text for a fact, naming both by their hashes."""
+  if jax.process_count() == 1:
+    return
+  for name, text in facts.items():
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint8)
+    digests_Px8 = np.asarray(multihost_utils.process_allgather(digest))
+    for index, other in enumerate(digests_Px8):
+      if (other != digests_Px8[0]).any():
+        first, other = (bytes(d.astype(np.uint8)).hex() for d in (digests_Px8[0], other))
+        raise ValueError(f'process {index} runs with another {name} ({other}) than process 0 ({first}); start all with '
+                         'the same')
 
 
 @contextlib.contextmanager

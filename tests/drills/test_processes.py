@@ -16,13 +16,18 @@ from tests.test_every_training import (  # noqa: F401 (fixtures)
 # ruff: noqa: F811
 
 
-def pair(arguments, environment, **more):
+def cluster(environment, **more):
+  """The environment of one of two processes that will meet at a free port."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
-  cluster = {**environment, 'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2',
-             **more}
-  return [subprocess.Popen([*arguments, '--distributed'], env={**cluster, 'JAX_PROCESS_ID': str(i)},
+  return {**environment, 'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2', **more}
+
+
+def pair(arguments, environment, own=((), ()), **more):
+  """Two processes with these arguments, and each with its own."""
+  both = cluster(environment, **more)
+  return [subprocess.Popen([*arguments, '--distributed', *own[i]], env={**both, 'JAX_PROCESS_ID': str(i)},
                            stderr=subprocess.PIPE, text=True) for i in range(2)]
 
 
@@ -145,3 +150,23 @@ main.main(sys.argv[1:])
   clean = pair(command('fine_lm', tokens, tmp_path / 'clean', 12), environment)
   assert [p.communicate(timeout=900) and p.returncode for p in clean] == [0, 0]
   assert_same_end(folder, tmp_path / 'clean')
+
+
+@pytest.mark.slow
+def test_processes_with_another_configuration_are_refused(environment, tokens, tmp_path):
+  arguments = command('fine_lm', tokens, tmp_path / 'run', 4)
+  for process in pair(arguments, environment, (['--gin.SEED=1'], ['--gin.SEED=2'])):
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 1
+    assert 'process 1 runs with another configuration (' in errors and 'than process 0 (' in errors
+  assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_not_there_is_waited_for_within_a_bound(environment, tokens, tmp_path):
+  alone = cluster(environment, JAX_PROCESS_ID='1', MUSICLM_START_SECONDS='5')
+  begun = time.monotonic()
+  process = subprocess.run([*command('fine_lm', tokens, tmp_path / 'run', 4), '--distributed'], env=alone,
+                           capture_output=True, text=True, timeout=900)
+  assert process.returncode == 1 and time.monotonic() - begun < 120
+  assert process.stderr.splitlines()[-1].startswith('musiclm: error: not all processes of this run have come together')

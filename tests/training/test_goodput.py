@@ -1,0 +1,43 @@
+"""Where the time of a run went: what is counted for a cause is not productive, and all adds up."""
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from musiclm_jax.training import goodput
+from tests.trainings import experiment, write_tokens
+
+
+def test_shares_add_up(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(goodput.time, 'monotonic', lambda: now[0])
+  wall = goodput.WallTime()
+  for cause, seconds in (('start', 2.0), ('compilation', 3.0), ('data', 1.0), ('data', 1.0), ('checkpoints', 3.0)):
+    with wall.lost_to(cause):
+      now[0] += seconds
+  now[0] += 10
+  report = wall.report(4, 14)
+  assert report['wall_seconds'] == 20 and report['goodput'] == 0.5 and report['data'] == 2
+  again = wall.report(4, 14, again=3)
+  assert again['steps done again'] == pytest.approx(3) and again['goodput'] == pytest.approx(0.35)
+  assert 'data 10.0%' in goodput.words(again) and '35.0% of 0.3 min' in goodput.words(again)
+  with pytest.raises(ValueError, match="'lunch' is none of"), wall.lost_to('lunch'):
+    pass
+
+
+def test_a_run_leaves_a_line_for_each_start(tmp_path):
+  tokens = write_tokens(tmp_path / 'tokens')
+
+  def run(steps):
+    experiment('fine_lm', tokens, NUM_STEPS=steps, CHECKPOINT_EVERY=2, **{'partition.Partitioner.data': 1}).build(
+        workdir=str(tmp_path / 'run'), dry_run=False)
+
+  run(4)
+  run(6)
+  lines = [json.loads(line) for line in (tmp_path / 'run' / goodput.FILE).read_text().splitlines()]
+  assert [(line['first'], line['last']) for line in lines] == [(0, 4), (4, 6)]
+  for line in lines:
+    assert 0 < line['goodput'] < 1 and line['compilation'] > 0 and line['evaluation'] > 0
+    assert sum(line[cause] for cause in goodput.CAUSES) + line['goodput'] * line['wall_seconds'] == pytest.approx(
+        line['wall_seconds'])
