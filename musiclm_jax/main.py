@@ -13,8 +13,10 @@ import importlib
 import logging
 import os
 import re
+import socket
 import sys
 import threading
+import time
 import traceback
 import types
 import warnings
@@ -138,21 +140,31 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _join() -> None:
-  """Meets the other processes. Raises TimeoutError where they do not come."""
+  """Meets the other processes. Raises TimeoutError where nobody answers at the address that was named."""
   # Clusters that JAX knows (SLURM, GKE, TPU VMs) need no size and place; a hand-made one names them.
   options = _cluster(
       num_processes='JAX_NUM_PROCESSES', process_id='JAX_PROCESS_ID', initialization_timeout='MUSICLM_START_SECONDS',
       heartbeat_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS', shutdown_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS')
-  try:
-    importlib.import_module('jax').distributed.initialize(**options)
-  except RuntimeError as error:
-    if 'DEADLINE_EXCEEDED' not in str(error):
-      raise
-    place = os.environ.get('JAX_COORDINATOR_ADDRESS', 'the first')
-    raise TimeoutError(
-        f'not all processes of this run have come together at {place}; are all started, with the same number of '
-        'processes (JAX_NUM_PROCESSES), and is that address reached from here? MUSICLM_START_SECONDS says how long to '
-        'wait, 300 if not set') from error
+  if (address := os.environ.get('JAX_COORDINATOR_ADDRESS')) and options.get('process_id', 0):
+    _await(address, options.get('initialization_timeout', 300))  # JAX would abort the process with a stack trace
+  importlib.import_module('jax').distributed.initialize(**options)
+
+
+def _await(address: str, seconds: float) -> None:
+  host, _, port = address.rpartition(':')
+  if not port.isdigit():
+    raise ValueError(f'JAX_COORDINATOR_ADDRESS is {address!r}: write HOST:PORT')
+  deadline = time.monotonic() + seconds
+  while True:
+    try:
+      socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > deadline:
+        raise TimeoutError(
+            f'no coordinator at {address} within {seconds:g} s ({error}): start process 0 there, or set '
+            'JAX_COORDINATOR_ADDRESS to where it is; MUSICLM_START_SECONDS says how long to wait') from error
+      time.sleep(0.5)
 
 
 def _cluster(**variables: str) -> dict[str, int]:
