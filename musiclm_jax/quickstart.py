@@ -68,7 +68,6 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
     extra = ('--captions', captions) if captions else ()
     steps.append(Step('prepare', ('prepare', '--audio_dir', audio_dir, *extra, '--output_dir', path(RECORDS)),
                       all_processors=True))
-  if audio_dir is not None:
     # After the music: where that is refused, there is no folder that would mean another way of training.
     steps.append(Step('pairs', ('prepare', '--composer', size, '--seed', str(seed), '--output_dir', path(pairs)),
                       ('prepare',), all_processors=True))

@@ -178,7 +178,14 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   with Interruption() as interruption, run.begun(batches, lineage, configuration, keep=cadence.keep) as checkpoints:
     with wall.lost_to('start'):
       state = jax.block_until_ready(run.restore_or_create(checkpoints, batches))
-    state = _loop(run, state, batches, eval_batches, checkpoints, cadence, last, wall, interruption)
+    first = int(state.step)
+    state, again = _loop(run, state, batches, eval_batches, checkpoints, cadence, last, wall, interruption)
+    with wall.lost_to('checkpoints'):
+      run.save(state, checkpoints)
+    if int(state.step) > first:
+      report = wall.report(first, int(state.step), again)
+      goodput.write(workdir, report)
+      logging.info('%s', goodput.words(report))
   if int(state.step) < last:
     raise Stopped(interruption.signal, int(state.step))
   return state
@@ -354,12 +361,12 @@ def _laid_out(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax
 
 def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches | None,
           checkpoints: checkpoint.Checkpoints, cadence: Cadence, last: int, wall: goodput.WallTime,
-          interruption: Interruption) -> TrainState:
+          interruption: Interruption) -> tuple[TrainState, int]:
+  """The state after the last step, and how many of the first steps an earlier start had done and not saved."""
   first = int(state.step)
   writer = metrics.MetricsWriter(run.workdir, first, tensorboard=cadence.tensorboard)
   if first >= last:
-    run.save(state, checkpoints)
-    return state
+    return state, writer.forgotten
   alarm, held_out_alarm = (metrics.BarAlarm(cadence.alarm_after, held_out=held_out) for held_out in (False, True))
   skipped = metrics.SkippedSteps(run.max_skipped)
   progress = metrics.Progress(pathlib.Path(run.workdir).name, first, last)
@@ -424,12 +431,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
     progress.close()
     feed.close()
     writer.close()
-  with wall.lost_to('checkpoints'):
-    run.save(state, checkpoints)
-  report = wall.report(first, int(state.step), writer.forgotten)
-  goodput.write(run.workdir, report)
-  logging.info('%s', goodput.words(report))
-  return state
+  return state, writer.forgotten
 
 
 def _keep_batch(run: _Run, batches: Batches, step: int) -> pathlib.Path | None:

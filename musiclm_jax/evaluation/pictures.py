@@ -142,9 +142,7 @@ def loss_curves_uri(rows: Sequence[Mapping[str, Any]], names: Sequence[str] | No
   if everything.min() > 0 and everything.max() > 20 * everything.min():
     axes.set_yscale('log')
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-  for side in ('top', 'right'):
-    axes.spines[side].set_visible(False)
-  axes.grid(color='#e5e7eb', lw=0.6)
+  _frame(axes)
   axes.set_xlabel('step', fontsize=8)
   axes.tick_params(labelsize=8)
   axes.legend(fontsize=7, frameon=False)
@@ -170,9 +168,7 @@ def rate_distortion(curves: Mapping[str, tuple[Sequence[float], Sequence[Sequenc
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     rates = [rate for points, _ in curves.values() for rate in points]
     axes.set_xlim(0.8 * min(rates), 1.25 * max(rates))
-    for side in ('top', 'right'):
-      axes.spines[side].set_visible(False)
-    axes.grid(color='#e5e7eb', lw=0.6)
+    _frame(axes)
     axes.set_xlabel('kbit/s', fontsize=8)
     axes.set_title(measure, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -195,13 +191,18 @@ def over_layers(panels: Mapping[str, tuple[Mapping[str, Sequence[float]], Mappin
       axes.plot(layers, values, color=_COLOURS[i // 2], ls=':' if i % 2 else '-', marker='o', ms=3, lw=1.4, label=label)
     for style, (label, value) in zip(('--', ':', '-.'), lines.items()):
       axes.axhline(value, color=_COLOURS[-1], ls=style, lw=1.1, label=label)
-    for side in ('top', 'right'):
-      axes.spines[side].set_visible(False)
-    axes.grid(color='#e5e7eb', lw=0.6)
+    _frame(axes)
     axes.set_title(name, fontsize=9)
     axes.tick_params(labelsize=7)
   figure.legend(*grid[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=7, frameon=False)
   return _bytes(figure, 'png')
+
+
+def _frame(axes: matplotlib_axes.Axes) -> None:
+  """What all plots of curves share: two sides and a light grid."""
+  for side in ('top', 'right'):
+    axes.spines[side].set_visible(False)
+  axes.grid(color='#e5e7eb', lw=0.6)
 
 
 def _smooth(values_N: np.ndarray) -> np.ndarray:

@@ -177,9 +177,9 @@ class Conformer(nnx.Module):
     x, _ = self.layers.scan(layer, x_BxTxD, jnp.arange(self.config.depth))
     return x
 
-  def every_layer(self, x_BxTxD: jax.Array, *, valid_BxT: jax.Array | None = None) -> jax.Array:
+  def every_layer(self, x_BxTxD: jax.Array) -> jax.Array:
     """Output of each block, [N, B, T, D]; the last is that of the stack."""
-    run = self._block(x_BxTxD.shape[1], valid_BxT, None)
+    run = self._block(x_BxTxD.shape[1], None, None)
     _, y_NxBxTxD = self.layers.scan(lambda block, x, index: (y := run(block, x, index), y), x_BxTxD,
                                     jnp.arange(self.config.depth))
     return y_NxBxTxD

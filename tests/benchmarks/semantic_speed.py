@@ -43,21 +43,17 @@ def inertia(rows_NxD: np.ndarray, centres_KxD: np.ndarray) -> float:
 
 
 def ours(rows: int, width: int, clusters: int) -> tuple[Calls, dict[str, Any]]:
-  import jax
   from musiclm_jax import config
-  from musiclm_jax.training import accumulate
-  from musiclm_jax.training.partition import Partitioner
+  from musiclm_jax.evaluation import probes
   data = mixture(rows, width)
   built = config.load_experiment(['experiments/semantic_tokens.gin'], [
-      ('W2V_WORKDIR', 'none'), ('SEMANTIC_CODES', str(clusters)), ('SEMANTIC_TOKENS_ITERATIONS', str(PASSES))],
+      ('W2V_WORKDIR', 'nowhere'), ('SEMANTIC_CODES', str(clusters)), ('SEMANTIC_TOKENS_ITERATIONS', str(PASSES))],
       provided=('workdir', 'dry_run'))
   fit = built.argument('objective')
   found: dict[str, Any] = {}
 
   def run():
-    start = {'mean': jax.numpy.zeros((width,)), 'scaling': jax.numpy.eye(width)}
-    *_, (_, _, buffers, _) = accumulate.run(_Given(fit), start, data, Partitioner(), jax.random.key(0))
-    found['centres'] = np.asarray(buffers['quantizer']['codebook'][0])
+    found['centres'] = probes.fitted(_Given(fit), data[None], seed=0)['quantizer']['codebook'][0]
 
   run()
   return {KMEANS: run}, {'parameters': clusters * width, 'inertia': inertia(data, found['centres'])}
