@@ -47,6 +47,15 @@ def _chunks(rows_NxD: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.nd
     yield np.pad(part, ((0, size - len(part)), (0, 0))), weight
 
 
+# A fit is a value: the same fit with rows of the same shape is compiled once in a process.
+_begin = jax.jit(lambda fit, buffers, sample, phase, key: fit.begin(buffers, sample, phase=phase, key=key),
+                 static_argnames=('fit', 'phase'))
+_statistics = jax.jit(lambda fit, buffers, rows, weight, phase: fit.statistics(buffers, rows, weight, phase),
+                      static_argnames=('fit', 'phase'))
+_fitted = jax.jit(lambda fit, buffers, total, phase: fit.fitted(buffers, total, phase),
+                  static_argnames=('fit', 'phase'))
+
+
 def run(fit: Fit, buffers: Any, rows_NxD: np.ndarray, partitioner: Partitioner, key: jax.Array, *,
         first: int = 0, chunk: int = 8192) -> Iterator[tuple[str, int, Any, dict[str, jax.Array]]]:
   """Yields (phase, passes done, buffers, metrics) after each pass over the rows, from pass `first` on.
@@ -59,19 +68,16 @@ def run(fit: Fit, buffers: Any, rows_NxD: np.ndarray, partitioner: Partitioner, 
   chunk = -(-chunk // partitioner.batch_parts) * partitioner.batch_parts
   done = 0
   for number, (phase, iterations) in enumerate(fit.phases()):
-    statistics = jax.jit(lambda b, r, w, phase=phase: fit.statistics(b, r, w, phase))
-    fitted = jax.jit(lambda b, s, phase=phase: fit.fitted(b, s, phase))
     for iteration in range(iterations):
       done += 1
       if done <= first:
         continue
       if iteration == 0:
-        buffers = jax.jit(fit.begin, static_argnames='phase')(
-            buffers, sample, phase=phase, key=jax.random.fold_in(key, number))
+        buffers = _begin(fit, buffers, sample, phase=phase, key=jax.random.fold_in(key, number))
       total = None
       for rows, weight in _chunks(rows_NxD, chunk):
         batch = partitioner.global_batch({'rows': rows, 'weight': weight})
-        part = statistics(buffers, batch['rows'], batch['weight'])
+        part = _statistics(fit, buffers, batch['rows'], batch['weight'], phase=phase)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
-      buffers, metrics = fitted(buffers, total)
+      buffers, metrics = _fitted(fit, buffers, total, phase=phase)
       yield phase, done, buffers, metrics
