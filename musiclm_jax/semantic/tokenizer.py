@@ -4,7 +4,7 @@ Source: AudioLM (arXiv 2209.03143, section III-B): without a normalisation of ea
 all. Dimensions of a network vary together, though: what many of them hold (how loud, which instrument) still decides.
 So they may be decorrelated, too, which is what ships. k-means is the residual quantizer with one level.
 
-Shapes: B batch, N samples or rows, M sampled rows, T frames, D width, K clusters.
+Shapes: B batch, N samples or rows, M sampled rows, T frames, W windows, D width, K clusters.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from musiclm_jax.nn.quantize import (
     code_sums, lloyd_step, nearest, perplexity, ResidualQuantizer, scaling_of, spread_rows)
@@ -22,16 +23,25 @@ from musiclm_jax.semantic.model import W2vBert, W2vBertConfig
 from musiclm_jax.specs import TokenSpec
 
 NORMALISE, KMEANS = 'normalise', 'kmeans'
+# Of a window's frames, those nearest to either end, which the neighbouring window hears better: what is left out.
+_EDGE = 1 / 8
 # How far the halves of a split cluster start from its centre, as a share of the cluster's radius.
 _SPLIT = 0.1
 
 
 class SemanticModel(nnx.Module):
-  """The frozen encoder with the normalisation and the clusters on top of one layer."""
+  """The frozen encoder with the normalisation and the clusters on top of one layer.
 
-  def __init__(self, config: W2vBertConfig, layer: int, codebook_size: int, *, rngs: nnx.Rngs):
+  Audio beyond `seconds` is heard in windows of that length, neighbours overlapping by a quarter, and each frame is
+  taken from the window whose middle is nearest: memory does not grow with the square of the length, and the network
+  hears no more at once than the clusters were fitted on. Layer 0 is the same in windows and as a whole; from 1 on
+  attention reaches over the whole window.
+  """
+
+  def __init__(self, config: W2vBertConfig, layer: int, codebook_size: int, seconds: float, *, rngs: nnx.Rngs):
     width = config.masked.width
     self.layer, self.codebook_size, self.frame_rate = layer, codebook_size, config.frame_rate
+    self.samples_per_frame, self.window_frames = config.samples_per_frame, max(1, int(seconds * config.frame_rate))
     self.encoder = W2vBert(config, rngs=rngs)
     self.mean = nnx.Variable(jnp.zeros((width,)), axes=(None,))
     self.scaling = nnx.Variable(jnp.eye(width), axes=(None, None))
@@ -43,13 +53,37 @@ class SemanticModel(nnx.Module):
 
   def features(self, audio_BxN: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
     """Output [B, N // 960, D] of the chosen layer, float32, before the normalisation."""
-    return self.encoder.layer(audio_BxN, self.layer, length_B)
+    size, frames = self.samples_per_frame, audio_BxN.shape[1] // self.samples_per_frame
+    starts_W, window_T, place_T = windows(frames, self.window_frames)
+    if len(starts_W) == 1:
+      return self.encoder.layer(audio_BxN, self.layer, length_B)
+
+    def heard(start):
+      part_BxN = jax.lax.dynamic_slice_in_dim(audio_BxN, start * size, self.window_frames * size, axis=1)
+      # An empty window would be one of masked keys alone; a window of at least a frame means as little beyond it.
+      part_B = None if length_B is None else jnp.clip(length_B - start * size, size, self.window_frames * size)
+      return self.encoder.layer(part_BxN, self.layer, part_B)
+
+    features_WxBxTxD = jax.lax.map(heard, jnp.asarray(starts_W))
+    return features_WxBxTxD[window_T, :, place_T].swapaxes(0, 1)
 
   def tokens(self, audio_BxN: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
     """Semantic tokens int32 [B, T, 1] of mono audio at the encoder's rate, one for each `samples_per_frame` samples;
     those beyond `length_B` samples mean nothing."""
     features = jax.lax.stop_gradient(self.features(audio_BxN, length_B))
     return self.quantizer.encode(normalised(features, self.mean[...], self.scaling[...]))
+
+
+def windows(frames: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """How `frames` are covered by windows: first frame of each [W], and for each frame its window [T] and place [T]."""
+  if frames <= window:
+    return np.zeros(1, int), np.zeros(frames, int), np.arange(frames)
+  stride = window - 2 * int(window * _EDGE)
+  count = 1 + -(-(frames - window) // stride)
+  starts_W = np.minimum(np.arange(count) * stride, frames - window)
+  middle_W = starts_W + (window - 1) / 2
+  window_T = np.abs(np.arange(frames)[:, None] - middle_W).argmin(1)
+  return starts_W, window_T, np.arange(frames) - starts_W[window_T]
 
 
 def normalised(features_xD: jax.Array, mean_D: jax.Array, scaling_DxD: jax.Array) -> jax.Array:
@@ -67,7 +101,7 @@ class SemanticTokenizer(Fit):
       7th of the masked-prediction stack's 12 (arXiv 2301.11325, section 4.1): 19 where 12 come before it.
     codebook_size: K.
     iterations: of Lloyd's algorithm.
-    seconds: length of the crops that the rows are computed from.
+    seconds: length of the crops that the rows are computed from, and of the windows in which longer audio is heard.
     decorrelate: whether dimensions are decorrelated; without, each is divided by its own deviation only.
   """
 
@@ -91,7 +125,7 @@ class SemanticTokenizer(Fit):
     return TokenSpec('semantic', codebook_size=self.codebook_size, frame_rate=self.encoder.frame_rate)
 
   def model(self, rngs: nnx.Rngs) -> SemanticModel:
-    return SemanticModel(self.encoder, self.layer, self.codebook_size, rngs=rngs)
+    return SemanticModel(self.encoder, self.layer, self.codebook_size, self.seconds, rngs=rngs)
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     samples = round(self.seconds * self.encoder.mel.sample_rate)

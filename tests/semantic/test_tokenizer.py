@@ -67,6 +67,50 @@ def test_tokens_are_one_for_each_960_samples():
     model.tokens(jnp.zeros((1, 959)))
 
 
+@pytest.mark.parametrize('frames, window', [(3, 8), (8, 8), (9, 8), (20, 8), (21, 8), (750, 125), (1000, 1)])
+def test_windows_cover_each_frame_away_from_their_edges(frames, window):
+  starts, window_T, place_T = ours.windows(frames, window)
+  assert (starts[window_T] + place_T == np.arange(frames)).all()
+  assert (place_T >= 0).all() and (place_T < window).all() and (starts + window <= max(frames, window)).all()
+  edge = int(window / 8)
+  inner = (np.arange(frames) >= edge) & (np.arange(frames) < frames - edge)
+  assert (place_T[inner] >= edge).all() and (place_T[inner] < window - edge).all()
+  assert len(starts) <= 1 + -(-max(0, frames - window) // (window - 2 * edge))
+
+
+def _long(layer, frames=50):
+  model = _fit(layer=layer).model(nnx.Rngs(0))  # windows of 20 frames
+  return model, jnp.asarray(np.random.default_rng(0).normal(0, 0.1, (2, frames * 960)), jnp.float32)
+
+
+def test_long_audio_in_windows_is_the_whole_where_a_layer_hears_little():
+  model, audio = _long(layer=0)
+  whole = model.encoder.layer(audio, 0)
+  _, _, place_T = ours.windows(50, 20)
+  inner = (place_T > 0) & (place_T < 19) | (np.arange(50) == 0)
+  np.testing.assert_allclose(model.features(audio)[:, inner], whole[:, inner], atol=1e-5)
+
+
+def test_each_frame_of_long_audio_is_that_of_its_window():
+  model, audio = _long(layer=3)
+  found = model.features(audio)
+  assert found.shape == (2, 50, 16)
+  starts, window_T, place_T = ours.windows(50, 20)
+  for number, start in enumerate(starts):
+    alone = model.encoder.layer(audio[:, start * 960:(start + 20) * 960], 3)
+    mine = np.flatnonzero(window_T == number)
+    np.testing.assert_allclose(found[:, mine], alone[:, place_T[mine]], atol=1e-5)
+
+
+def test_what_follows_a_clip_of_long_audio_is_not_heard():
+  model, audio = _long(layer=3)
+  length = jnp.array([27 * 960 + 5, 50 * 960])
+  short = model.features(audio.at[0, 27 * 960:].set(1.0), length)
+  np.testing.assert_allclose(short[0, :27], model.features(audio, length)[0, :27], atol=1e-5)
+  np.testing.assert_allclose(short[1], model.features(audio)[1], atol=1e-5)
+  assert np.isfinite(short).all()
+
+
 def test_token_spec_is_the_one_of_the_model():
   fit = _fit()
   spec = fit.token_spec
