@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +17,40 @@ PARAMETER_AXES = ('layer', 'embed', 'mlp', 'heads', 'vocab', 'channel_in', 'chan
 # Activations are constrained with these.
 ACTIVATION_AXES = ('batch', 'length', 'embed_activation', 'mlp_activation', 'heads_activation')
 
-_CONSTRAIN: contextvars.ContextVar[Callable[[jax.Array, tuple], jax.Array] | None] = contextvars.ContextVar(
-    'constrain', default=None)
+
+class _Layout(NamedTuple):
+  """How arrays lie on the devices of the step that is being traced."""
+
+  constrain: Callable[[jax.Array, tuple], jax.Array]
+  parts: Callable[[str], int]
+
+
+_LAYOUT: contextvars.ContextVar[_Layout | None] = contextvars.ContextVar('layout', default=None)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Asks that `x` be laid out by the logical `names`, one a dimension; nothing happens outside a mesh."""
   if len(names) != x.ndim:
     raise ValueError(f'{len(names)} axis names {names} for an array of shape {x.shape}')
-  apply = _CONSTRAIN.get()
-  return x if apply is None else apply(x, names)
+  layout = _LAYOUT.get()
+  return x if layout is None else layout.constrain(x, names)
+
+
+def parts(name: str) -> int:
+  """Into how many parts the logical axis `name` is split; 1 outside a mesh."""
+  layout = _LAYOUT.get()
+  return 1 if layout is None else layout.parts(name)
 
 
 @contextlib.contextmanager
-def constraining(apply: Callable[[jax.Array, tuple], jax.Array]) -> Iterator[None]:
-  """Installs the partitioner's constraint while a step is traced."""
-  token = _CONSTRAIN.set(apply)
+def constraining(apply: Callable[[jax.Array, tuple], jax.Array], parts: Callable[[str], int] = lambda name: 1
+                 ) -> Iterator[None]:
+  """Installs the partitioner's constraint, and its count of parts, while a step is traced."""
+  token = _LAYOUT.set(_Layout(apply, parts))
   try:
     yield
   finally:
-    _CONSTRAIN.reset(token)
+    _LAYOUT.reset(token)
 
 
 def example_keys(key: jax.Array, slot_B: jax.Array) -> jax.Array:

@@ -261,6 +261,25 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
   return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
+def grouped_attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, *,
+                      mask: jax.Array | None = None, bias_GxHxTxS: jax.Array | None = None, **options: Any
+                      ) -> jax.Array:
+  """`attention` in which each of G equal groups of successive examples has a copy of the bias of its own.
+
+  With a group a device, the gradient of the bias stays where it arises until something smaller is made of it.
+  """
+  groups = 1 if bias_GxHxTxS is None else bias_GxHxTxS.shape[0]
+  if groups == 1:
+    return attention(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask=mask, bias=bias_GxHxTxS, **options)
+  batch = q_BxTxHxK.shape[0]
+  split = lambda x: x.reshape((groups, batch // groups, *x.shape[1:]))
+  if mask is not None:
+    mask = split(jnp.broadcast_to(mask, (batch, *mask.shape[1:])))
+  y = jax.vmap(lambda q, k, v, mask, bias: attention(q, k, v, mask=mask, bias=bias, **options))(
+      split(q_BxTxHxK), split(k_BxSxHxK), split(v_BxSxHxK), mask, bias_GxHxTxS[:, None])
+  return y.reshape(q_BxTxHxK.shape)
+
+
 class Cache(NamedTuple):
   """Keys and values of the positions seen so far, and how many those are. An explicit pytree."""
 
@@ -333,7 +352,7 @@ class Block(nnx.Module):
 
     def attend(h):
       q, k, v = self.attention.project(h, positions_AxT)
-      y = attention(q, k, v, mask=mask, bias=bias, causal=c.causal, block=c.attention_block)
+      y = grouped_attention(q, k, v, mask=mask, bias_GxHxTxS=bias, causal=c.causal, block=c.attention_block)
       return self.attention.merge(y)
 
     x = self._residual(x_BxTxD, self.attention_norm, attend, keys_B, 0)
@@ -365,13 +384,20 @@ class Transformer(nnx.Module):
     table = jax.random.normal(rngs.params(), (c.relative_buckets, c.heads)) / math.sqrt(c.width)
     self.relative = nnx.Param(table, axes=(None, 'heads')) if c.positions == 't5' else None
 
-  def _bias(self, query_T: jax.Array, key_S: jax.Array) -> jax.Array | None:
-    """T5 bias [1, H, T, S] from places in the sequence, or None."""
+  def _bias(self, query_T: jax.Array, key_S: jax.Array, groups: int = 1) -> jax.Array | None:
+    """T5 bias [G, H, T, S] from places in the sequence, the same for all groups of examples, or None.
+
+    Each group has a copy of the table to look up in: its gradient is summed into the buckets before groups on other
+    devices are added, and no [T, S] ever crosses devices.
+    """
     if self.relative is None:
       return None
     bucket = relative_bucket(key_S[None, :] - query_T[:, None], causal=self.config.causal,
                              buckets=self.config.relative_buckets, max_distance=self.config.relative_max_distance)
-    return jnp.take(self.relative[...], bucket, axis=0).transpose(2, 0, 1)[None]
+    table_GxNxH = jnp.broadcast_to(self.relative[...], (groups, *self.relative.shape))
+    table_GxNxH = axes.constrain(table_GxNxH, 'batch', None, 'heads_activation') if groups > 1 else table_GxNxH
+    bias_GxTxSxH = jax.vmap(lambda table: jnp.take(table, bucket, axis=0))(table_GxNxH)
+    return bias_GxTxSxH.transpose(0, 3, 1, 2)
 
   def __call__(self, x_BxLxD: jax.Array, *, valid_BxL: jax.Array | None = None,
                positions_AxL: jax.Array | None = None, keys_B: jax.Array | None = None) -> jax.Array:
@@ -380,7 +406,7 @@ class Transformer(nnx.Module):
     place_L = jnp.arange(length)
     positions = place_L[None] if positions_AxL is None else positions_AxL
     mask = None if valid_BxL is None else valid_BxL[:, None, None, :]
-    bias = self._bias(place_L, place_L)
+    bias = self._bias(place_L, place_L, axes.parts('batch'))
 
     def layer(block, x, index):
       keys = None if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys_B)
