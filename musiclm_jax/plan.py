@@ -284,12 +284,12 @@ def _facts(f: Mapping[str, Any]) -> list[tuple[str, str]]:
        f'{100 * scattered:.0f}% of what is summed along fsdp is reduce-scattered'),
       ('operations', f'{f["flops"]:.3g} a step ({f["computed_flops"]:.3g} with recomputation)'),
   ]
+  ms = lambda name: f'{1000 * f[f"{name}_seconds"]:,.1f}'
   if f['step_seconds']:
     lines += [
-        ('step', f'{1000 * f["step_seconds"]:,.1f} ms: compute {1000 * f["compute_seconds"]:,.1f}, memory '
-                 f'{1000 * f["memory_seconds"]:,.1f}, messages {1000 * f["collective_seconds"]:,.1f}; {1000 * f["hidden_seconds"]:,.1f} '
-                'if all of them could go on at once'),
-        ('share of compute', f'{100 * f["compute_share"]:.0f}%, {100 * f["mfu"]:.0f}% of peak'),
+        ('step', f'{ms("step")} ms: compute {ms("compute")}, memory {ms("memory")}, messages {ms("collective")}; '
+               f'{ms("hidden")} if all of them could go on at once'),
+      ('share of compute', f'{100 * f["compute_share"]:.0f}%, {100 * f["mfu"]:.0f}% of peak'),
         ('recipe', f'{f["num_steps"]:,} steps: {f["hours"]:,.0f} hours, {f["chip_hours"]:,.0f} chip-hours')]
   return lines
 
