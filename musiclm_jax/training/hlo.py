@@ -83,9 +83,10 @@ class Collective:
              'collective-broadcast': 1.0}.get(self.kind, (n - 1) / n)
     return share * size
 
-  def elements(self) -> tuple[int, ...]:
-    """Number of entries of each operand."""
-    return tuple(_elements(dims) for shape in self.shapes for _, dims, _ in _SHAPE.findall(shape))
+  @property
+  def dims(self) -> tuple[tuple[int, ...], ...]:
+    """The shape of each operand on one device."""
+    return tuple(_dims(dims) for shape in self.shapes for _, dims, _ in _SHAPE.findall(shape))
 
   def axes(self, mesh: dict[str, int]) -> tuple[str, ...]:
     """The axes of a mesh along which it goes, its devices numbered as the mesh has them, the last axis fastest."""
@@ -259,13 +260,13 @@ def _closing(text: str) -> int:
   return len(text)
 
 
-def _elements(dims: str) -> int:
-  return math.prod(int(d.removeprefix('<=')) for d in dims.split(',') if d)
+def _dims(text: str) -> tuple[int, ...]:
+  return tuple(int(d.removeprefix('<=')) for d in text.split(',') if d)
 
 
 def size_of(shape: str, *, main_only: bool = False) -> float:
   """Bytes of a type, or of all parts of a tuple; `main_only` leaves out what is kept on the chip."""
-  return sum(_elements(dims) * _BYTES.get(kind, 0) for kind, dims, layout in _SHAPE.findall(shape)
+  return sum(math.prod(_dims(dims)) * _BYTES.get(kind, 0) for kind, dims, layout in _SHAPE.findall(shape)
              if not (main_only and 'S(1)' in layout))
 
 
