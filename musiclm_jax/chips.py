@@ -121,7 +121,7 @@ def topology(name: str) -> Topology:
   """
   kind, _, rest = name.partition(':')
   if kind not in CHIPS:
-    near = difflib.get_close_matches(kind, CHIPS, n=1)
+    near = difflib.get_close_matches(kind.lower(), CHIPS, n=1)
     raise ValueError(f'there is no chip {kind!r}{f"; did you mean {near[0]!r}?" if near else ""} '
                      f'(topologies begin with {", ".join(f"{k}:" for k in CHIPS)})')
   chip = CHIPS[kind]

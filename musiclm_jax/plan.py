@@ -26,7 +26,7 @@ import rich.table
 
 from musiclm_jax import chips, train
 from musiclm_jax.training import flops
-from musiclm_jax.training.hlo import Collective, Program
+from musiclm_jax.training.hlo import Collective, Program, size_of
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton
 
@@ -173,7 +173,10 @@ def nearest_batch(compile_batch: Callable[[int], float], *, too_large: int, need
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """Collectives of one kind along the same axes: bytes that a device sends in a step, and the seconds it takes."""
+  """Collectives of one kind along the same axes: bytes that a device sends in a step, and the seconds it takes.
+
+  `largest` is the size of the largest operand, in bytes, and `of` its type.
+  """
 
   kind: str
   axes: tuple[str, ...]
@@ -181,6 +184,7 @@ class Row:
   moved: float
   seconds: float
   largest: float
+  of: str
 
 
 def _cost(collective: Collective, topology: chips.Topology, node_of: np.ndarray) -> tuple[float, float]:
@@ -210,11 +214,13 @@ def rows_of(program: Program, topology: chips.Topology, mesh: jax.sharding.Mesh)
     if not axes:  # between a device and itself
       continue
     moved, seconds = _cost(c, topology, node_of)
-    sums = found.setdefault((c.kind, axes), [0, 0.0, 0.0, 0.0])
+    sums = found.setdefault((c.kind, axes), [0, 0.0, 0.0, 0.0, ''])
     sums[0] += c.times
     sums[1] += c.times * moved
     sums[2] += c.times * seconds
-    sums[3] = max(sums[3], c.operand_bytes)
+    for size, shape in ((size_of(shape), shape.partition('{')[0]) for shape in c.shapes):
+      if size > sums[3]:
+        sums[3:] = size, shape
   rows = [Row(kind, axes, *sums) for (kind, axes), sums in found.items()]
   return sorted(rows, key=lambda row: (-row.seconds, -row.moved))
 
@@ -252,7 +258,7 @@ class Plan:
     for row in f['collectives']:
       time = f'{1000 * row["seconds"]:.2f} ms' if f['step_seconds'] else '–'
       table.add_row(row['kind'], ' x '.join(row['axes']), f'{row["count"]:,}', _bytes(row['moved']),
-                    _bytes(row['largest']), time)
+                    row['of'], time)
     if f['collectives']:
       console.print(table)
     for line in f['assumptions']:
@@ -320,7 +326,7 @@ def plan(training: Training, topology: chips.Topology) -> Plan:
       'compute_dtype': here.precision.compute, 'microbatches': here.precision.microbatches,
       'memory': {'arguments': compiled.arguments, 'temporaries': compiled.temporaries, 'peak': compiled.peak,
                  'limit': memory_of(topology), 'by_its_compiler': topology.is_tpu},
-      'fits': True, 'collectives': [dataclasses.asdict(row) for row in rows],
+      'fits': True, 'collectives': [{**dataclasses.asdict(row), 'axes': list(row.axes)} for row in rows],
       'unknown_loops': list(compiled.program.unknown_loops),
       'scattered_share': scattered_share(compiled.program, mesh), 'flops': work, 'computed_flops': computed,
       **_times(compiled.program, topology, rows, work, computed, here.num_steps),

@@ -164,7 +164,8 @@ def test_a_real_program():
     return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), ()), x, w)[0] ** 2)
 
   step = jax.jit(jax.grad(loss), out_shardings=layout(None, 'fsdp'))
-  found = Program.parse(step.lower(shape((6, 32, 32), None, 'fsdp'), shape((8, 32), ('data', 'fsdp'))).compile().as_text())
+  lowered = step.lower(shape((6, 32, 32), None, 'fsdp'), shape((8, 32), ('data', 'fsdp')))
+  found = Program.parse(lowered.compile().as_text())
   assert found.partitions == 8 and not found.unknown_loops
   gathers = [c for c in found.collectives if c.kind == 'all-gather' and c.axes(MESH) == ('fsdp',)]
   assert sum(c.times * c.moved() for c in gathers) == pytest.approx(2 * 6 * 3 / 4 * 32 * 32 * 4)
