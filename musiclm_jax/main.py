@@ -146,6 +146,7 @@ def plan(args: argparse.Namespace) -> None:
     raise UsageError(f'--topology: {error}') from None
   # Before JAX is imported: nothing runs on the accelerators of this machine, if it has any.
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # what the partitioner warns of is seen among the messages
   if not topology.is_tpu:
     flag = f'--xla_force_host_platform_device_count={topology.chips}'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
