@@ -17,12 +17,15 @@ PARAMETER_AXES = ('layer', 'embed', 'mlp', 'heads', 'vocab', 'channel_in', 'chan
 # Activations are constrained with these.
 ACTIVATION_AXES = ('batch', 'length', 'embed_activation', 'mlp_activation', 'heads_activation')
 
+Function = Callable[[jax.Array], jax.Array]
+
 
 class _Layout(NamedTuple):
   """How arrays lie on the devices of the step that is being traced."""
 
   constrain: Callable[[jax.Array, tuple], jax.Array]
   parts: Callable[[str], int]
+  by_rows: Callable[[Function], Function]
 
 
 _LAYOUT: contextvars.ContextVar[_Layout | None] = contextvars.ContextVar('layout', default=None)
@@ -42,11 +45,20 @@ def parts(name: str) -> int:
   return 1 if layout is None else layout.parts(name)
 
 
+def by_rows(function: Function) -> Function:
+  """`function`, which makes each row of its result of the same row of its argument, on each device's own rows.
+
+  For what the compiler does not split by itself: it would gather all rows on every device.
+  """
+  layout = _LAYOUT.get()
+  return function if layout is None else layout.by_rows(function)
+
+
 @contextlib.contextmanager
-def constraining(apply: Callable[[jax.Array, tuple], jax.Array], parts: Callable[[str], int] = lambda name: 1
-                 ) -> Iterator[None]:
-  """Installs the partitioner's constraint, and its count of parts, while a step is traced."""
-  token = _LAYOUT.set(_Layout(apply, parts))
+def constraining(apply: Callable[[jax.Array, tuple], jax.Array], parts: Callable[[str], int] = lambda name: 1,
+                 by_rows: Callable[[Function], Function] = lambda function: function) -> Iterator[None]:
+  """Installs the partitioner's answers to the functions above while a step is traced."""
+  token = _LAYOUT.set(_Layout(apply, parts, by_rows))
   try:
     yield
   finally:

@@ -288,7 +288,7 @@ def _facts(f: Mapping[str, Any]) -> list[tuple[str, str]]:
       ('fits', 'yes'),
       ('gradients', 'every device holds all parameters' if scattered is None else
        f'{100 * scattered:.0f}% of what is summed along fsdp is reduce-scattered'),
-      ('operations', f'{f["flops"]:.3g} a step ({f["computed_flops"]:.3g} with recomputation)'),
+      ('operations', f'{f["flops"]:.3g} a step, three forward passes; {f["computed_flops"]:.3g} as it is traced'),
   ]
   ms = lambda name: f'{1000 * f[f"{name}_seconds"]:,.1f}'
   if f['step_seconds']:

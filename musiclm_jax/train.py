@@ -282,7 +282,8 @@ class _Run:
   @contextlib.contextmanager
   def on_mesh(self) -> Iterator[None]:
     """Steps are traced in here."""
-    with jax.set_mesh(self.partitioner.mesh), axes.constraining(self.partitioner.constrain, self.partitioner.parts):
+    p = self.partitioner
+    with jax.set_mesh(p.mesh), axes.constraining(p.constrain, p.parts, p.by_rows):
       yield
 
   def trace(self, batch_size: int) -> jax.stages.Traced:

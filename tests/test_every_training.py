@@ -1,4 +1,5 @@
 """What holds for each of the six trainings: microbatches, meshes, processes and kills change nothing."""
+import contextlib
 import importlib.util
 import json
 import random
@@ -52,8 +53,15 @@ def fresh(objective, optimizer, batches, partitioner):
   return skeleton, transform, shardings, state
 
 
+@contextlib.contextmanager
+def on_mesh(partitioner):
+  p = partitioner
+  with jax.set_mesh(p.mesh), axes.constraining(p.constrain, p.parts, p.by_rows):
+    yield
+
+
 def run(objective, optimizer, batches, partitioner, steps, *, microbatches=1):
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner.constrain, partitioner.parts):
+  with on_mesh(partitioner):
     skeleton, transform, shardings, state = fresh(objective, optimizer, batches, partitioner)
     step = jax.jit(states.make_step(objective, skeleton, transform, microbatches=microbatches),
                    out_shardings=(shardings, None))

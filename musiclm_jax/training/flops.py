@@ -45,6 +45,9 @@ def _of_equation(equation: core.JaxprEqn) -> float:
     return 2.5 * rows * length * math.log2(length)  # of real input
   if name == 'scan':
     return params['length'] * of_jaxpr(params['jaxpr'].jaxpr)
+  if name == 'shard_map':  # the body sees the share of one device
+    body = params['jaxpr']
+    return of_jaxpr(body) * equation.outvars[0].aval.size / body.outvars[0].aval.size
   if name == 'cond':
     return max(of_jaxpr(branch.jaxpr) for branch in params['branches'])
   if name == 'while':

@@ -20,6 +20,13 @@ def test_products():
   assert flops(jax.grad(lambda a, b: jnp.sum(jnp.tanh(a @ b)), (0, 1)), shape(3, 4), shape(4, 5)) == 3 * 2 * 3 * 4 * 5
 
 
+def test_what_each_device_does_of_its_own_rows_counts_for_all_of_them():
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  product = lambda x: jax.shard_map(lambda rows: rows @ rows.T, mesh=mesh, in_specs=jax.P('data'),
+                                    out_specs=jax.P('data'))(x)
+  assert flops(product, shape(16, 4)) == 8 * 2 * 2 * 2 * 4
+
+
 @pytest.mark.parametrize('groups, stride', [(1, 1), (2, 1), (1, 2)])
 def test_convolutions(groups, stride):
   conv = lambda x, w: jax.lax.conv_general_dilated(

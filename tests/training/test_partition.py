@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from musiclm_jax import axes, train
+from musiclm_jax.nn import spectral
 from musiclm_jax.nn.transformer import TransformerConfig
 from musiclm_jax.specs import Stage, TokenSpec
 from musiclm_jax.token_lm.objective import NextToken
@@ -152,3 +153,20 @@ def test_parts_of_a_logical_axis():
   assert axes.parts('batch') == 1
   with axes.constraining(made.constrain, made.parts):
     assert axes.parts('batch') == 4
+
+
+@pytest.mark.parametrize('rows', [8, 6])
+def test_a_spectrogram_on_a_mesh_is_computed_where_its_clips_are(rows):
+  """The compiler splits no Fourier transform: left to itself it gathers all frames on every device."""
+  made = Partitioner(data=2, fsdp=2, tensor=2)
+  loss = lambda x: jnp.sum(jnp.abs(spectral.stft(x, 64, 16)) ** 3)
+  x = jax.random.normal(jax.random.key(0), (rows, 640))
+  expected, gradient = jax.value_and_grad(loss)(x)
+  with jax.set_mesh(made.mesh), axes.constraining(made.constrain, made.parts, made.by_rows):
+    laid_out = jax.device_put(x, made.of_rows if rows == 8 else made.replicated)
+    step = jax.jit(jax.value_and_grad(loss)).lower(laid_out).compile()
+    found, sharded = step(laid_out)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(sharded, gradient, rtol=1e-4, atol=1e-4)
+  largest = max(math.prod(d) for c in Program.parse(step.as_text()).collectives for d in c.dims) if rows == 8 else 0
+  assert largest <= 2 * 640  # no frames, which are four times the samples: two clips a device at most
