@@ -269,7 +269,7 @@ class _Run:
       checkpoints = stack.enter_context(checkpoint.Checkpoints(
           self.workdir, self.objective, lineage=lineage, made_with=made_with, **options))
       stack.enter_context(jax.set_mesh(self.partitioner.mesh))
-      stack.enter_context(axes.constraining(self.partitioner.constrain, self.partitioner.parts))
+      stack.enter_context(axes.constraining(self.partitioner))
       self.configuration = configuration
       yield checkpoints
 

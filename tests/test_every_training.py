@@ -53,7 +53,7 @@ def fresh(objective, optimizer, batches, partitioner):
 
 
 def run(objective, optimizer, batches, partitioner, steps, *, microbatches=1):
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner.constrain):
+  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
     skeleton, transform, shardings, state = fresh(objective, optimizer, batches, partitioner)
     step = jax.jit(states.make_step(objective, skeleton, transform, microbatches=microbatches),
                    out_shardings=(shardings, None))

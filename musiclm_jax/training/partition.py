@@ -1,6 +1,7 @@
 """The only file that knows devices: the mesh, and which logical axis is split over which mesh axis."""
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -140,6 +141,19 @@ class Partitioner:
   def parts(self, name: str) -> int:
     """Into how many parts the logical axis `name` is split."""
     return math.prod(self.mesh.shape[axis] for axis in dict(self.rules)[name])
+
+  @property
+  def platform(self) -> str:
+    return self.mesh.devices.flat[0].platform
+
+  @property
+  def num_devices(self) -> int:
+    return self.mesh.size
+
+  def apart(self, f: Callable[..., jax.Array], names: tuple, arrays: tuple[jax.Array, ...]) -> jax.Array:
+    """What `axes.apart` does inside a step."""
+    spec = self._spec(names, arrays[0].shape, 'activation')
+    return jax.shard_map(f, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
   @property
   def batch_parts(self) -> int:

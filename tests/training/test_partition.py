@@ -80,7 +80,7 @@ def test_wrong_rules_are_refused(rules, words):
 def test_constraints_inside_a_step_follow_the_rules():
   from musiclm_jax import axes
   partitioner = Partitioner(data=2, fsdp=2, tensor=2)
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner.constrain):
+  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
     y = jax.jit(lambda x: axes.constrain(x, 'batch', None))(jnp.zeros((8, 3)))
   assert y.sharding.shard_shape(y.shape) == (2, 3)
   np.testing.assert_array_equal(axes.constrain(y, 'batch', None), y)  # outside a mesh nothing happens
