@@ -139,6 +139,32 @@ def train(args: argparse.Namespace) -> None:
   experiment.build(workdir=workdir, dry_run=args.dry_run, configuration=configuration)
 
 
+def plan(args: argparse.Namespace) -> None:
+  try:
+    topology = _late('chips', 'topology')(args.topology)
+  except ValueError as error:
+    raise UsageError(f'--topology: {error}') from None
+  # Before JAX is imported: nothing runs on the accelerators of this machine, if it has any.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # what the partitioner warns of is seen among the messages
+  if not topology.is_tpu:
+    flag = f'--xla_force_host_platform_device_count={topology.chips}'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
+  config = importlib.import_module('musiclm_jax.config')
+  load = lambda bindings: config.load_experiment(
+      args.gin_file, bindings, search_paths=args.gin_search_path, allow=args.allow_import,
+      provided=('workdir', 'dry_run', 'configuration'))
+  try:
+    experiment = load(args.gin_bindings)
+  except config.MissingValues as missing:  # data and other runs, which a plan does not read
+    experiment = load([*args.gin_bindings, *((name, 'nowhere') for name in missing.names)])
+  planning = importlib.import_module('musiclm_jax.plan')
+  found = planning.plan(planning.Training.of(experiment), topology)
+  print(found.text())
+  if args.output:
+    found.write(args.output)
+
+
 def _join() -> None:
   """Meets the other processes. Raises TimeoutError where nobody answers at the address that was named."""
   # Clusters that JAX knows (SLURM, GKE, TPU VMs) need no size and place; a hand-made one names them.
@@ -357,6 +383,14 @@ examples:
   p.add_argument('--output', metavar='FILE', required=True, help='the vocabulary')
 
 
+def _add_gin_flags(p: _Parser) -> None:
+  p.add_argument('--gin_file', metavar='FILE', action='append', required=True,
+                 help='repeatable, in order; found in --gin_search_path, here, or among the files that ship')
+  p.add_argument('--gin_search_path', metavar='DIR', action='append', default=[], help='repeatable')
+  p.add_argument('--allow_import', metavar='MODULE', action='append', default=[],
+                 help='a module that gin files may import (they can run its code); repeatable')
+
+
 def _add_train(verb: Callable[..., _Parser]) -> None:
   p = verb('train', train, 'train any network from a gin experiment; run again to resume', '''
 Any macro or binding of the experiment can be set on the command line; text needs no quotes:
@@ -366,14 +400,31 @@ examples:
   musiclm train --gin_file experiments/codec.gin --gin.RECORDS=data/mine --workdir runs/codec
   musiclm train --gin_file experiments/coarse_lm.gin --gin_file size/paper.gin --workdir runs/coarse --dry_run
 ''')
-  p.add_argument('--gin_file', metavar='FILE', action='append', required=True,
-                 help='repeatable, in order; found in --gin_search_path, here, or among the files that ship')
+  _add_gin_flags(p)
   p.add_argument('--workdir', metavar='DIR', help='checkpoints, metrics and logs')
   p.add_argument('--dry_run', action='store_true', help='check, print what would run, write nothing')
-  p.add_argument('--gin_search_path', metavar='DIR', action='append', default=[], help='repeatable')
-  p.add_argument('--allow_import', metavar='MODULE', action='append', default=[],
-                 help='a module that gin files may import (they can run its code); repeatable')
   p.add_argument('--distributed', action='store_true', help='one of many processes (jax.distributed)')
+
+
+def _add_plan(verb: Callable[..., _Parser]) -> None:
+  p = verb('plan', plan, 'what a training would do on a machine that is not here', '''
+Compiles the training step for a topology and prints its memory, messages, predicted time and cost. Exit code 1, with
+the nearest batch that fits, where the memory of a device is too small. TPUs need the extra `tpu`; GPUs are simulated.
+Gin files and bindings are those of `musiclm train`; no data is read.
+
+topologies:
+  v5e:4x4  v5e:16x16  v6e:8x8  v5p:4x4x4     a slice of TPUs
+  v5e:16x16*4                                four slices, joined by the network of the data centre
+  h100:8  h200:8  h100:8x4                   a node of 8 GPUs; four nodes
+  cpu:8                                      CPU devices: messages and memory only
+
+examples:
+  musiclm plan --gin_file experiments/codec.gin --gin_file size/paper.gin --gin_file mesh/v5e_16.gin --topology v5e:4x4
+  musiclm plan --gin_file experiments/mulan.gin --gin_file mesh/gpu_8.gin --topology h100:8 --output plan.json
+''')
+  _add_gin_flags(p)
+  p.add_argument('--topology', metavar='NAME', required=True, help='the machine to plan for')
+  p.add_argument('--output', metavar='FILE', help='the same as JSON')
 
 
 def _add_extract(verb: Callable[..., _Parser]) -> None:
@@ -546,7 +597,7 @@ start here:
     p.set_defaults(run=run)
     return p
 
-  for add in (_add_prepare, _add_vocabulary, _add_train, _add_extract, _add_data, _add_codec, _add_semantic,
+  for add in (_add_prepare, _add_vocabulary, _add_train, _add_plan, _add_extract, _add_data, _add_codec, _add_semantic,
               _add_mulan, _add_generate, _add_evaluate, _add_reproduce, _add_quickstart):
     add(verb)
   return parser
@@ -571,10 +622,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   rest, bindings = _split_bindings(argv)
   args = _parser().parse_args(rest)
   if args.verb is None:
-    raise UsageError('no verb: prepare, vocabulary, train, extract, data, codec, semantic, mulan, generate, evaluate, '
-                     'reproduce, quickstart (see musiclm --help)')
-  if bindings and args.verb != 'train':
-    raise UsageError(f'--gin.{bindings[0][0]} belongs to `musiclm train`')
+    raise UsageError('no verb: prepare, vocabulary, train, plan, extract, data, codec, semantic, mulan, generate, '
+                     'evaluate, reproduce, quickstart (see musiclm --help)')
+  if bindings and args.verb not in ('train', 'plan'):
+    raise UsageError(f'--gin.{bindings[0][0]} belongs to `musiclm train` and `musiclm plan`')
   args.gin_bindings = bindings
   return args
 

@@ -12,8 +12,8 @@ import re
 
 import numpy as np
 
-_BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
-          'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
+_BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4,
+          'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
 _KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute',
           'collective-broadcast')
 # Nothing moves to or from memory where these stand: they name, group or reinterpret what is there, or are walked into.
@@ -22,6 +22,8 @@ _FREE = frozenset(('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitca
                    'async-update', 'async-done', 'copy-done', 'all-gather-done', 'all-reduce-done',
                    'collective-permute-done', 'send-done', 'recv-done'))
 _SHAPE = re.compile(r'\b([a-z]+[0-9]*)\[([0-9,<=]*)\](?:\{([^}]*)\})?')
+
+_MESH_GROUPS = re.compile(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(((?:[^()]|\([^()]*\))*)\))? \{([^}]*)\}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +83,10 @@ class Collective:
              'collective-broadcast': 1.0}.get(self.kind, (n - 1) / n)
     return share * size
 
-  def elements(self) -> tuple[int, ...]:
-    """Number of entries of each operand."""
-    return tuple(_elements(dims) for shape in self.shapes for _, dims, _ in _SHAPE.findall(shape))
+  @property
+  def dims(self) -> tuple[tuple[int, ...], ...]:
+    """The shape of each operand on one device."""
+    return tuple(_dims(dims) for shape in self.shapes for _, dims, _ in _SHAPE.findall(shape))
 
   def axes(self, mesh: dict[str, int]) -> tuple[str, ...]:
     """The axes of a mesh along which it goes, its devices numbered as the mesh has them, the last axis fastest."""
@@ -156,25 +159,33 @@ class Program:
   @functools.cached_property
   def collectives(self) -> tuple[Collective, ...]:
     """All messages of a step, in the order of the program. Raises ValueError for groups in an unknown notation."""
-    found, seen = [], set()
+    found, channels = [], set()
     for computation, i, times in self._walk(self.entry, 1):
       kind = i.kind.removesuffix('-start')
-      if kind not in _KINDS or (computation, i.name, times) in seen:
+      if kind not in _KINDS:
         continue
-      seen.add((computation, i.name, times))
+      if computation in self._fused and (channel := re.search(r'channel_id=(\d+)', i.attributes)):
+        # TPUs cut a message into fusions, with the work that hides it: the pieces have one channel.
+        if channel[1] in channels:
+          continue
+        channels.add(channel[1])
       types = self._types[computation]
       shapes = tuple(types.get(name, '') for name in i.operands)
-      if kind == 'all-reduce' and self._keeps_a_part(computation, i):
+      if kind == 'all-reduce' and self._keeps_a_part(computation):
         kind = 'reduce-scatter'
       groups = _pairs(i.attributes) if kind == 'collective-permute' else replica_groups(i.attributes, self.partitions)
       found.append(Collective(kind, i.name, shapes, sum(map(size_of, shapes)), times, groups))
     return tuple(found)
 
-  def _keeps_a_part(self, computation: str, reduction: Instruction) -> bool:
-    """Whether all that follows a sum is that each device takes its part: on TPUs that is how they are written."""
-    if 'all-reduce-scatter' not in computation:
-      return False
-    return any(i.kind == 'dynamic-slice' for i in self.computations[computation]) or bool(reduction)
+  @functools.cached_property
+  def _fused(self) -> frozenset[str]:
+    return frozenset(inner for lines in self.computations.values() for i in lines if i.kind == 'fusion'
+                     for inner in i.called('calls'))
+
+  def _keeps_a_part(self, computation: str) -> bool:
+    """Whether a sum stands where each device only takes its part of it: so TPUs write them."""
+    return 'all-reduce-scatter' in computation and computation in self._fused and any(
+        i.kind == 'dynamic-slice' for i in self.computations[computation])
 
   @functools.cached_property
   def traffic(self) -> float:
@@ -249,13 +260,13 @@ def _closing(text: str) -> int:
   return len(text)
 
 
-def _elements(dims: str) -> int:
-  return math.prod(int(d.removeprefix('<=')) for d in dims.split(',') if d)
+def _dims(text: str) -> tuple[int, ...]:
+  return tuple(int(d.removeprefix('<=')) for d in text.split(',') if d)
 
 
 def size_of(shape: str, *, main_only: bool = False) -> float:
   """Bytes of a type, or of all parts of a tuple; `main_only` leaves out what is kept on the chip."""
-  return sum(_elements(dims) * _BYTES.get(kind, 0) for kind, dims, layout in _SHAPE.findall(shape)
+  return sum(math.prod(_dims(dims)) * _BYTES.get(kind, 0) for kind, dims, layout in _SHAPE.findall(shape)
              if not (main_only and 'S(1)' in layout))
 
 
@@ -266,7 +277,7 @@ def replica_groups(attributes: str, partitions: int) -> np.ndarray:
   """
   if iota := re.search(r'replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', attributes):
     return _iota(iota[3]).reshape(int(iota[1]), int(iota[2]))
-  if mesh := re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(((?:[^()]|\([^()]*\))*)\))? \{([^}]*)\}', attributes):
+  if mesh := _MESH_GROUPS.search(attributes):
     return _along_axes(*mesh.groups())
   if listed := re.search(r'replica_groups=\{((?:\{[\d,]*\},?)*)\}', attributes):
     groups = [[int(d) for d in group.split(',')] for group in re.findall(r'\{([\d,]+)\}', listed[1])]

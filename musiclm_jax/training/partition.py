@@ -105,6 +105,11 @@ class Partitioner:
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
 
+  @property
+  def of_rows(self) -> NamedSharding:
+    """Of arrays whose first axis is the rows of a batch."""
+    return NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp')))
+
   def state_shardings(self, skeleton: Skeleton, abstract: TrainState) -> TrainState:
     """Shardings of a whole state. Optimizer slots follow the parameter whose path ends theirs."""
     by_path: dict[tuple, tuple] = {}
@@ -172,8 +177,7 @@ class Partitioner:
 
   def global_batch(self, local: dict[str, np.ndarray]) -> dict[str, Any]:
     """This process's rows as its part of one global array, split over data and fsdp."""
-    sharding = NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp')))
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}
+    return {name: jax.make_array_from_process_local_data(self.of_rows, rows) for name, rows in local.items()}
 
 
 def _arranged(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
