@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from musiclm_jax import specs
+from musiclm_jax import axes, specs
 from musiclm_jax.nn.transformer import Cache, Embedding, Transformer, TransformerConfig
 from musiclm_jax.specs import Stage
 from musiclm_jax.token_lm.sequence import Layout
@@ -39,8 +39,12 @@ class TokenLM(nnx.Module):
 
   def hidden(self, rows_BxL: jax.Array, layout: Layout, *, keys_B: jax.Array | None = None) -> jax.Array:
     """Last hidden states [B, L, D] of a whole sequence."""
-    positions = jnp.asarray(layout.positions_2xL[:, :rows_BxL.shape[1]])
-    return self.transformer(self.embedding(rows_BxL), positions_AxL=positions, keys_B=keys_B)
+    length = rows_BxL.shape[1]
+    positions = jnp.asarray(layout.positions_2xL[:, :length])
+    # What makes the length a multiple of the devices that share it lies after all that any of it can see.
+    more = -length % axes.parts('length')
+    rows_BxL, positions = (jnp.pad(x, ((0, 0), (0, more))) for x in (rows_BxL, positions))
+    return self.transformer(self.embedding(rows_BxL), positions_AxL=positions, keys_B=keys_B)[:, :length]
 
   def target_logits(self, rows_BxL: jax.Array, layout: Layout, *, keys_B: jax.Array | None = None) -> jax.Array:
     """Logits of every target token given all before it, float32 [B, F, Q, K]."""
