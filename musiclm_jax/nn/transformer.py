@@ -238,6 +238,8 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
     block: queries a block, each recomputed in the backward pass; 0 for one block.
   """
   T, S = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1]
+  if not (block or causal):  # nothing to cut, so that the lengths may be symbolic
+    return _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias)
   block = block or T
 
   def part(array, first, last, keys):
