@@ -43,6 +43,8 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
   Raises ValueError for a kernel that cannot do what is asked, with the reason.
   """
   T, S = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1]
+  if not (isinstance(T, int) and isinstance(S, int)):  # lengths that an exported program leaves open cannot be cut
+    kind = 'xla'
   if kind == 'auto':
     kind = fitting(q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)
   elif kind in _PLATFORMS and (reason := _obstacle(_PLATFORMS[kind], q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)):
@@ -62,7 +64,7 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
 def fitting(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None, bias_GxHxR: jax.Array | None) -> str:
   """The fastest kind that can compute it on the devices of the step."""
   T, platform = q_BxTxHxK.shape[1], axes.platform()
-  if not isinstance(T, int) or T <= _FEW:  # lengths that an exported program leaves open are no `int`
+  if T <= _FEW:
     return 'xla'
   kernel = {on: kind for kind, on in _PLATFORMS.items()}.get(platform)
   if kernel and not _obstacle(platform, q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR):
@@ -104,10 +106,12 @@ def by_distance(bias_R: jax.Array, T: int, S: int) -> jax.Array:
   Rows of a length one more than the period, read as rows of the period, each begin one further back: no gather, whose
   gradient would be a scatter.
   """
-  lead = bias_R.shape[:-1]
-  padded = jnp.pad(bias_R, [(0, 0)] * len(lead) + [(0, 1)])
+  lead, none = bias_R.shape[:-1], [(0, 0)] * (bias_R.ndim - 1)
+  padded = jnp.pad(bias_R, [*none, (0, 1)])
   rows = jnp.broadcast_to(padded[..., None, :], (*lead, T, T + S)).reshape(*lead, T * (T + S))
-  return rows[..., :T * (T + S - 1)].reshape(*lead, T, T + S - 1)[..., T - 1:]
+  # Filled up to T + 1 rows, for lengths that are left open can be added to and not always subtracted from.
+  rows = jnp.pad(rows, [*none, (0, S - 1)]).reshape(*lead, T + 1, T + S - 1)
+  return rows[..., :T, T - 1:]
 
 
 def _plain(q, k, v, mask, bias_BxHxR, causal):

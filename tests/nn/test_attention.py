@@ -188,3 +188,14 @@ def test_the_kernel_of_tpus_lowers_with_its_gradient(length, causal):
     exported = jax.export.export(jax.jit(gradient), platforms=['tpu'])(spec, spec, spec)
   assert exported.mlir_module().count('tpu_custom_call') >= 3  # forward, and two of the gradient
   assert [a.shape for a in exported.out_avals] == [spec.shape] * 3
+
+
+@pytest.mark.parametrize('kind', ['auto', 'blockwise'])
+def test_lengths_may_be_left_open(kind):
+  b, t, s = jax.export.symbolic_shape('b, t, s', constraints=['s >= t'])
+  spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  run = jax.jit(lambda q, k, v, bias: attention(q, k, v, bias_GxHxR=bias, causal=True, kind=kind))
+  program = jax.export.export(run)(*(spec(b, n, 2, 4) for n in (t, s, s)), spec(1, 2, t + s - 1))
+  for T, S in ((5, 9), (12, 12)):
+    q, k, v, _, bias = arrays(2, T, S, 2, 4, groups=1)
+    np.testing.assert_allclose(program.call(q, k, v, bias), formula(q, k, v, None, bias, True), atol=1e-5)
