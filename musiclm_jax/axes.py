@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,29 @@ PARAMETER_AXES = ('layer', 'embed', 'mlp', 'heads', 'vocab', 'channel_in', 'chan
 # Activations are constrained with these.
 ACTIVATION_AXES = ('batch', 'length', 'embed_activation', 'mlp_activation', 'heads_activation')
 
-Function = Callable[[jax.Array], jax.Array]
+
+class Layout(Protocol):
+  """How arrays lie on the devices of a step: the partitioner."""
+
+  @property
+  def platform(self) -> str:
+    """"cpu", "gpu" or "tpu"."""
+
+  @property
+  def num_devices(self) -> int:
+    """Of the mesh."""
+
+  def constrain(self, x: jax.Array, names: tuple) -> jax.Array:
+    """`x` laid out by the logical `names`."""
+
+  def parts(self, name: str) -> int:
+    """Into how many parts a logical axis is split."""
+
+  def apart(self, f: Callable[..., jax.Array], names: tuple, arrays: tuple[jax.Array, ...], kernel: bool) -> jax.Array:
+    """`f` of each device's part of arrays that are laid out by `names`, as its result is."""
 
 
-class _Layout(NamedTuple):
-  """How arrays lie on the devices of the step that is being traced."""
-
-  constrain: Callable[[jax.Array, tuple], jax.Array]
-  parts: Callable[[str], int]
-  by_rows: Callable[[Function], Function]
-
-
-_LAYOUT: contextvars.ContextVar[_Layout | None] = contextvars.ContextVar('layout', default=None)
+_LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar('layout', default=None)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -45,20 +56,32 @@ def parts(name: str) -> int:
   return 1 if layout is None else layout.parts(name)
 
 
-def by_rows(function: Function) -> Function:
-  """`function`, which makes each row of its result of the same row of its argument, on each device's own rows.
+def platform() -> str:
+  """What the step that is being traced will run on, "cpu", "gpu" or "tpu": not always what this process has."""
+  layout = _LAYOUT.get()
+  return jax.default_backend() if layout is None else layout.platform
 
-  For what the compiler does not split by itself: it would gather all rows on every device.
+
+def num_devices() -> int:
+  """On how many devices the step that is being traced will run; 1 outside a mesh."""
+  layout = _LAYOUT.get()
+  return 1 if layout is None else layout.num_devices
+
+
+def apart(f: Callable[..., jax.Array], names: tuple, *arrays: jax.Array, kernel: bool = True) -> jax.Array:
+  """f(*arrays) for what the compiler cannot split: each device calls it with its own part of arrays laid out alike.
+
+  `kernel`: whether there is a kernel in it, of which JAX does not know what is the same on several devices. Gradients
+  of such are summed over all axes of the mesh.
   """
   layout = _LAYOUT.get()
-  return function if layout is None else layout.by_rows(function)
+  return f(*arrays) if layout is None else layout.apart(f, names, arrays, kernel)
 
 
 @contextlib.contextmanager
-def constraining(apply: Callable[[jax.Array, tuple], jax.Array], parts: Callable[[str], int] = lambda name: 1,
-                 by_rows: Callable[[Function], Function] = lambda function: function) -> Iterator[None]:
-  """Installs the partitioner's answers to the functions above while a step is traced."""
-  token = _LAYOUT.set(_Layout(apply, parts, by_rows))
+def constraining(layout: Layout) -> Iterator[None]:
+  """Installs the partitioner while a step is traced."""
+  token = _LAYOUT.set(layout)
   try:
     yield
   finally:

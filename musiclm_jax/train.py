@@ -282,8 +282,7 @@ class _Run:
   @contextlib.contextmanager
   def on_mesh(self) -> Iterator[None]:
     """Steps are traced in here."""
-    p = self.partitioner
-    with jax.set_mesh(p.mesh), axes.constraining(p.constrain, p.parts, p.by_rows):
+    with jax.set_mesh(self.partitioner.mesh), axes.constraining(self.partitioner):
       yield
 
   def trace(self, batch_size: int) -> jax.stages.Traced:

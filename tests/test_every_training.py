@@ -1,5 +1,4 @@
 """What holds for each of the six trainings: microbatches, meshes, processes and kills change nothing."""
-import contextlib
 import importlib.util
 import json
 import random
@@ -53,15 +52,8 @@ def fresh(objective, optimizer, batches, partitioner):
   return skeleton, transform, shardings, state
 
 
-@contextlib.contextmanager
-def on_mesh(partitioner):
-  p = partitioner
-  with jax.set_mesh(p.mesh), axes.constraining(p.constrain, p.parts, p.by_rows):
-    yield
-
-
 def run(objective, optimizer, batches, partitioner, steps, *, microbatches=1):
-  with on_mesh(partitioner):
+  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
     skeleton, transform, shardings, state = fresh(objective, optimizer, batches, partitioner)
     step = jax.jit(states.make_step(objective, skeleton, transform, microbatches=microbatches),
                    out_shardings=(shardings, None))

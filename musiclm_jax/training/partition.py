@@ -1,6 +1,7 @@
 """The only file that knows devices: the mesh, and which logical axis is split over which mesh axis."""
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -146,14 +147,18 @@ class Partitioner:
     """Into how many parts the logical axis `name` is split."""
     return math.prod(self.mesh.shape[axis] for axis in dict(self.rules)[name])
 
-  def by_rows(self, function: axes.Function) -> axes.Function:
-    """What `axes.by_rows` does inside a step; rows that do not divide are left to the compiler."""
-    def run(x: jax.Array) -> jax.Array:
-      if x.shape[0] % self.batch_parts:
-        return function(x)
-      rows = PartitionSpec(('data', 'fsdp'))
-      return jax.shard_map(function, mesh=self.mesh, in_specs=rows, out_specs=rows)(x)
-    return function if self.batch_parts == 1 else run
+  @property
+  def platform(self) -> str:
+    return self.mesh.devices.flat[0].platform
+
+  @property
+  def num_devices(self) -> int:
+    return self.mesh.size
+
+  def apart(self, f: Callable[..., jax.Array], names: tuple, arrays: tuple[jax.Array, ...], kernel: bool) -> jax.Array:
+    """What `axes.apart` does inside a step."""
+    spec = self._spec(names, arrays[0].shape, 'activation')
+    return jax.shard_map(f, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=not kernel)(*arrays)
 
   @property
   def batch_parts(self) -> int:
