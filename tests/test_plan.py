@@ -54,8 +54,8 @@ def test_a_plan_of_simulated_devices():
 def test_recomputation_is_computed_and_not_part_of_the_work():
   plain, again = (plan.plan(on(training(LM_REMAT=remat), data=1), topology('cpu:1')).figures for remat in (False, True))
   assert plain['flops'] == again['flops']
-  assert plain['computed_flops'] == pytest.approx(plain['flops'], rel=0.02)
-  assert 1.1 < again['computed_flops'] / again['flops'] < 4 / 3
+  assert 0.98 < plain['computed_flops'] / plain['flops'] < 1.1  # attention computes its logits again in any case
+  assert 1.1 < again['computed_flops'] / plain['computed_flops'] < 4 / 3
 
 
 def with_speed(monkeypatch, **changes):
