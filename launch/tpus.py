@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import command
 
@@ -71,3 +72,19 @@ def hosts(name: str, topology: str, chips_per_host: int | None) -> tuple[int, in
     raise command.Mistake(f'a host with one chip is a slice of its own, not a part of {topology}')
   return total // each, each
 
+
+def of_accelerator(accelerator: str) -> tuple[str, int]:
+  """Generation and TPU VMs of an accelerator type such as v5litepod-16. Raises command.Mistake, naming the nearest."""
+  known = {}
+  for name, kind in GENERATIONS.items():
+    for size in {hardware.count(topology) for topology in kind.topologies} if kind.vm else ():
+      known[f'{kind.vm}-{size * kind.units}'] = name, 1 if size <= kind.whole else size // 4
+  if accelerator in known:
+    return known[accelerator]
+  found = re.fullmatch(r'(.+)-(\d+)', accelerator)
+  if found and found[1] in GENERATIONS and (vm := GENERATIONS[found[1]].vm) not in ('', found[1]):
+    raise command.Mistake(f'accelerator types of {found[1]} begin with {vm}: {vm}-{found[2]}')
+  same = [other for other in known if found and other.rpartition('-')[0] == found[1]]
+  near = min(same, key=lambda other: abs(int(other.rpartition('-')[2]) - int(found[2]))) if same else ''
+  hint = f'; the nearest one is {near}' if near else command.nearest(accelerator, known)
+  raise command.Mistake(f'there is no accelerator type {accelerator!r}{hint}')
