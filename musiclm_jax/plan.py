@@ -37,6 +37,9 @@ ATTAINABLE_BANDWIDTH = 0.8  # of memory: our assumption
 # libtpu looks for its chips and asks the cloud about them where nobody says that there are none.
 _NO_TPU_HERE = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0',
                 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+# How the compiler for TPUs says that a program needs so much of so much memory.
+_OUT_OF_MEMORY = re.compile(r'Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm|'
+                            r'temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)')
 _TRIES = 5  # compilations in search of a batch that fits
 
 
@@ -78,7 +81,7 @@ class Training:
     """The same on the devices of a topology. Raises ValueError where the mesh does not use all of them."""
     partitioner = dataclasses.replace(self.partitioner, devices=devices(topology))
     if (used := partitioner.mesh.size) < topology.chips:
-      raise ValueError(f'mesh {_sizes(partitioner)} has {used} devices, but {topology.name} has {topology.chips}: '
+      raise ValueError(f'mesh {_sizes(partitioner)} uses {used} of the {topology.chips} devices of {topology.name}: '
                        'choose another mesh file, or data = 0 for all that are left')
     return dataclasses.replace(self, partitioner=partitioner)
 
@@ -110,7 +113,7 @@ def devices(topology: chips.Topology) -> tuple[Any, ...]:
 
 
 def _sizes(partitioner: Partitioner) -> str:
-  return ' x '.join(f'{axis} {size}' for axis, size in partitioner.mesh.shape.items() if size > 1) or 'of one device'
+  return ' x '.join(f'{axis} {size}' for axis, size in partitioner.mesh.shape.items() if size > 1) or 'data 1'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +131,9 @@ def compile_step(traced: jax.stages.Traced, topology: chips.Topology) -> Compile
   try:
     done = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
-    used = re.search(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm', str(error))
-    if not used:
+    if not (used := _OUT_OF_MEMORY.search(str(error))):
       raise
-    needed, limit = (float(used[i]) * 1024 ** ('KMGT'.index(used[i + 1]) + 1) for i in (1, 3))
+    needed, limit = (float(value[:-1]) * 1024 ** ('KMGT'.index(value[-1]) + 1) for value in filter(None, used.groups()))
     raise TooLarge(str(error).splitlines()[0], needed, limit) from None
   memory = done.memory_analysis()
   # What is given back in place of an argument lies where the argument was.

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -141,7 +142,7 @@ def test_a_batch_that_is_too_large_is_refused_with_the_nearest_that_fits(monkeyp
 
 
 def test_what_cannot_be_planned_is_told():
-  with pytest.raises(ValueError, match='mesh of one device has 1 devices, but cpu:8 has 8'):
+  with pytest.raises(ValueError, match='mesh data 1 uses 1 of the 8 devices of cpu:8'):
     plan.plan(on(training(), data=1), topology('cpu:8'))
   with pytest.raises(ValueError, match='batch 6 is not a multiple of data x fsdp = 4'):
     plan.plan(on(training(BATCH_SIZE=6), data=4), topology('cpu:4'))
@@ -200,7 +201,7 @@ def test_a_small_plan_by_the_compiler_of_tpus():
   made = on(training(LM_POSITIONS='t5', COMPUTE_DTYPE='bfloat16'), data=2, fsdp=2, tensor=2)
   f = plan.plan(made, topology('v5e:2x4')).figures
   assert f['memory']['by_its_compiler'] and f['step_seconds'] > 0 and f['libtpu']
-  with pytest.raises(ValueError, match='has 8 devices, but v5p:2x2x4 has 16'):
+  with pytest.raises(ValueError, match='data 2 x fsdp 2 x tensor 2 uses 8 of the 16 devices of v5p:2x2x4'):
     plan.plan(made, topology('v5p:2x2x4'))
 
 
@@ -218,6 +219,29 @@ def test_libtpu_that_is_missing_is_told(monkeypatch):
   monkeypatch.setattr(jax.experimental.topologies, 'get_topology_desc', missing)
   with pytest.raises(ValueError, match=r'cannot describe v5e:4x4: .*musiclm_jax\[tpu\]'):
     plan.devices(topology('v5e:4x4'))
+
+
+@pytest.mark.parametrize('words, needed, limit', [
+    ('Ran out of memory in memory space hbm. Used 51.91G of 15.75G hbm. Exceeded', 51.91, 15.75),
+    ('the total memory required for HLO temporaries (1.50T) exceeds available HBM (15.75G).', 1536, 15.75)])
+def test_how_the_compiler_of_tpus_refuses_is_understood(words, needed, limit):
+  def refuse():
+    raise jax.errors.JaxRuntimeError(f'RESOURCE_EXHAUSTED: {words}')
+  traced = types.SimpleNamespace(lower=lambda: types.SimpleNamespace(compile=refuse))
+  with pytest.raises(TooLarge) as refused:
+    plan.compile_step(traced, topology('v5e:2x2'))
+  assert (refused.value.needed, refused.value.limit) == pytest.approx((needed * 2 ** 30, limit * 2 ** 30))
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_tpus_refuse_a_batch_that_is_too_large_and_take_the_nearest():
+  made = on(training(BATCH_SIZE=400_000), data=4)
+  words = 'batch 400000 needs .* TPU v5e has 15.75 GiB; the nearest batch that fits is'
+  with pytest.raises(ValueError, match=words) as e:
+    plan.plan(made, topology('v5e:2x2'))
+  fits = int(str(e.value).partition('fits is ')[2].split()[0])
+  assert 10_000 < fits < 100_000
 
 
 @needs_libtpu
