@@ -157,19 +157,19 @@ def nearest_batch(compile_batch: Callable[[int], float], *, too_large: int, need
   Memory is taken to be `fixed` and a share of each row, which says where to look; `compile_batch` gives what a batch
   takes, or raises TooLarge. At most `tries` are compiled.
   """
-  fits, high = 0, too_large
+  fits, high, last = 0, too_large, too_large
   for _ in range(tries):
     if high - fits <= multiple:
       break
-    row = max(needed - fixed, 1) / high
+    row = max(needed - fixed, 1) / last  # as the batch that was compiled last had it
     guess = int((limit - fixed) / row) // multiple * multiple
-    guess = min(max(guess, fits + multiple), high - multiple)
+    last = min(max(guess, fits + multiple), high - multiple)
     try:
-      compile_batch(guess)
-      fits = guess
-      limit += row * multiple  # there was room: look further up
+      needed = compile_batch(last)
+      fits = last
     except TooLarge as error:
-      high, needed = guess, max(error.needed, fixed + 1)
+      needed = error.needed
+      high = last
   return fits, high
 
 
