@@ -18,6 +18,8 @@ import sys
 from typing import NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+  sys.path.insert(0, str(ROOT))  # for what of the package needs no other: its parser, its table of chips
 USAGE_ERROR, FAILURE = 2, 1
 # Exit codes of `musiclm train` after which the same command would only do the same again, or was told not to go on:
 # a mistake in the configuration, Ctrl-C, SIGTERM.
@@ -120,8 +122,6 @@ def _check(arguments: Sequence[str]) -> str:
     raise Mistake('what to train is missing: put the arguments of `musiclm train` after --')
   if arguments[0] in ('musiclm', 'train'):
     raise Mistake(f'after -- come the arguments of `musiclm train`, without {arguments[0]!r}')
-  if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
   from musiclm_jax import main  # the parser alone: needs no package
   try:
     workdir = main.parse(['train', *arguments]).workdir

@@ -1,17 +1,12 @@
 """Which TPUs there are: generations, topologies, hosts; by the names of GKE and of Cloud TPU."""
 from __future__ import annotations
 
-from collections.abc import Iterable
 import dataclasses
-import difflib
-import itertools
-import math
 import re
 
 import command
 
-_FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-_SMALL_CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4')
+from musiclm_jax import chips as hardware
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +32,7 @@ class Generation:
 
   @property
   def topologies(self) -> tuple[str, ...]:
-    if self.flat:
-      return _FLAT
-    # Beyond 4x4x4 a slice is made of whole cubes of that size; sides are named in order.
-    sides = range(4, self.most // 16 + 1, 4)
-    boxes = [(a, b, c) for a, b in itertools.combinations_with_replacement(sides, 2) if a * b * b <= self.most
-             for c in range(b, self.most // (a * b) + 1, 4) if a * b * c > 64]
-    return (*_SMALL_CUBES, *('x'.join(map(str, box)) for box in sorted(boxes, key=math.prod)))
+    return hardware.FLAT if self.flat else hardware.boxes(self.most)
 
 
 GENERATIONS = {
@@ -53,10 +42,6 @@ GENERATIONS = {
     'v6e': Generation('tpu-v6e-slice', 'v6e', 'v2-alpha-tpuv6e', True, 256, 1, 8),
     'tpu7x': Generation('tpu7x', '', '', False, 9216, 2, 4),
 }
-
-
-def chips(topology: str) -> int:
-  return math.prod(map(int, topology.split('x')))
 
 
 def generation(name: str) -> Generation:
@@ -75,8 +60,9 @@ def hosts(name: str, topology: str, chips_per_host: int | None) -> tuple[int, in
   """
   known = generation(name).topologies
   if topology not in known:
-    raise command.Mistake(f'{name} has no topology {topology!r}; the nearest one is {_nearest(topology, known)}')
-  total = chips(topology)
+    nearest = hardware.nearest(topology, known)
+    raise command.Mistake(f'{name} has no topology {topology!r}; the nearest one is {nearest}')
+  total = hardware.count(topology)
   each = chips_per_host or min(total, 4)
   if each not in (1, 4, 8) or total % each:
     raise command.Mistake(f'{each} chips a host do not make up the {total} of {topology}; a host has 1, 4 or 8')
@@ -87,19 +73,11 @@ def hosts(name: str, topology: str, chips_per_host: int | None) -> tuple[int, in
   return total // each, each
 
 
-def _nearest(topology: str, known: Iterable[str]) -> str:
-  """By the number of chips, then by how alike the names are."""
-  alike = lambda other: difflib.SequenceMatcher(None, topology, other).ratio()
-  if not re.fullmatch(r'\d+(x\d+)+', topology) or not chips(topology):
-    return max(known, key=alike)
-  return min(known, key=lambda other: (abs(math.log(chips(other) / chips(topology))), -alike(other)))
-
-
 def of_accelerator(accelerator: str) -> tuple[str, int]:
   """Generation and TPU VMs of an accelerator type such as v5litepod-16. Raises command.Mistake, naming the nearest."""
   known = {}
   for name, kind in GENERATIONS.items():
-    for size in {chips(topology) for topology in kind.topologies} if kind.vm else ():
+    for size in {hardware.count(topology) for topology in kind.topologies} if kind.vm else ():
       known[f'{kind.vm}-{size * kind.units}'] = name, 1 if size <= kind.whole else size // 4
   if accelerator in known:
     return known[accelerator]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +17,75 @@ PARAMETER_AXES = ('layer', 'embed', 'mlp', 'heads', 'vocab', 'channel_in', 'chan
 # Activations are constrained with these.
 ACTIVATION_AXES = ('batch', 'length', 'embed_activation', 'mlp_activation', 'heads_activation')
 
-_CONSTRAIN: contextvars.ContextVar[Callable[[jax.Array, tuple], jax.Array] | None] = contextvars.ContextVar(
-    'constrain', default=None)
+
+class Layout(Protocol):
+  """How arrays lie on the devices of a step: the partitioner."""
+
+  @property
+  def platform(self) -> str:
+    """"cpu", "gpu" or "tpu"."""
+
+  @property
+  def num_devices(self) -> int:
+    """Of the mesh."""
+
+  def constrain(self, x: jax.Array, names: tuple) -> jax.Array:
+    """`x` laid out by the logical `names`."""
+
+  def parts(self, name: str) -> int:
+    """Into how many parts a logical axis is split."""
+
+  def apart(self, f: Callable[..., jax.Array], names: tuple, arrays: tuple[jax.Array, ...], kernel: bool) -> jax.Array:
+    """`f` of each device's part of arrays that are laid out by `names`, as its result is."""
+
+
+_LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar('layout', default=None)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Asks that `x` be laid out by the logical `names`, one a dimension; nothing happens outside a mesh."""
   if len(names) != x.ndim:
     raise ValueError(f'{len(names)} axis names {names} for an array of shape {x.shape}')
-  apply = _CONSTRAIN.get()
-  return x if apply is None else apply(x, names)
+  layout = _LAYOUT.get()
+  return x if layout is None else layout.constrain(x, names)
+
+
+def parts(name: str) -> int:
+  """Into how many parts the logical axis `name` is split; 1 outside a mesh."""
+  layout = _LAYOUT.get()
+  return 1 if layout is None else layout.parts(name)
+
+
+def platform() -> str:
+  """What the step that is being traced will run on, "cpu", "gpu" or "tpu": not always what this process has."""
+  layout = _LAYOUT.get()
+  return jax.default_backend() if layout is None else layout.platform
+
+
+def num_devices() -> int:
+  """On how many devices the step that is being traced will run; 1 outside a mesh."""
+  layout = _LAYOUT.get()
+  return 1 if layout is None else layout.num_devices
+
+
+def apart(f: Callable[..., jax.Array], names: tuple, *arrays: jax.Array, kernel: bool = True) -> jax.Array:
+  """f(*arrays) for what the compiler cannot split: each device calls it with its own part of arrays laid out alike.
+
+  `kernel`: whether there is a kernel in it, of which JAX does not know what is the same on several devices. Gradients
+  of such are summed over all axes of the mesh.
+  """
+  layout = _LAYOUT.get()
+  return f(*arrays) if layout is None else layout.apart(f, names, arrays, kernel)
 
 
 @contextlib.contextmanager
-def constraining(apply: Callable[[jax.Array, tuple], jax.Array]) -> Iterator[None]:
-  """Installs the partitioner's constraint while a step is traced."""
-  token = _CONSTRAIN.set(apply)
+def constraining(layout: Layout) -> Iterator[None]:
+  """Installs the partitioner while a step is traced."""
+  token = _LAYOUT.set(layout)
   try:
     yield
   finally:
-    _CONSTRAIN.reset(token)
+    _LAYOUT.reset(token)
 
 
 def example_keys(key: jax.Array, slot_B: jax.Array) -> jax.Array:

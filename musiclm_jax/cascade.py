@@ -34,6 +34,10 @@ class Cascade:
     self.places |= {f'stage/{role}': root / name for role, name in STAGES.items()}
     self.places |= {role: pathlib.Path(place) for role, place in (places or {}).items() if place}
 
+  def has(self, role: str) -> bool:
+    """Whether it was trained."""
+    return checkpoint.latest_step(self.places[role]) is not None
+
   @functools.cache
   def part(self, role: str) -> Loaded:
     """Raises FileNotFoundError where it was not trained yet."""
@@ -46,8 +50,8 @@ class Cascade:
 
   @property
   def lineage(self) -> dict[str, str]:
-    """Content hash of each network that makes tokens."""
-    return {role: self.part(role).content_hash for role in TOKENIZERS}
+    """Content hash of each trained network that makes tokens."""
+    return {role: self.part(role).content_hash for role in TOKENIZERS if self.has(role)}
 
   def networks(self) -> dict[str, dict[str, Any]]:
     """What made the networks that make tokens, by role, and how evenly each uses its own codes."""

@@ -119,8 +119,17 @@ class Stage:
     return (*self.conditions, self.target)
 
   @property
+  def timeless(self) -> tuple[str, ...]:
+    """Names of the conditions that describe the music as a whole (a text, a clip) and do not follow it in time."""
+    return tuple(s.name for s in self.conditions if not s.frame_rate)
+
+  def condition_tokens(self, seconds: float) -> int:
+    """Positions before the target; without a condition one, from which the first token can be predicted."""
+    return sum(s.tokens(seconds) for s in self.conditions) or 1
+
+  @property
   def condition_length(self) -> int:
-    return sum(s.tokens(self.seconds) for s in self.conditions)
+    return self.condition_tokens(self.seconds)
 
   @property
   def length(self) -> int:
@@ -140,6 +149,11 @@ class Stage:
   def offset(self, spec: TokenSpec) -> int:
     """First row of `spec` in the unified vocabulary."""
     return sum(s.vocab_size for s in self.streams[:self.streams.index(spec)])
+
+  @property
+  def start_row(self) -> int:
+    """The row that starts the sequence of a stage without conditions, which has no null rows."""
+    return self.vocab_size
 
   def null_row(self, spec: TokenSpec) -> int:
     """The row that stands for a dropped condition; the null rows follow the vocabulary."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from typing import Any, Protocol
 
@@ -169,7 +170,7 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
     tensorboard.check_installed()
   wall = goodput.WallTime()
   run = _Run(objective, optimizer, workdir, partitioner, precision, init_from, seed, data_processes)
-  run.check(batches, precision.microbatches)
+  run.check_batch(batches.batch_size)
   if dry_run:
     print(run.describe(batches, num_steps))
     return None
@@ -189,6 +190,12 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   if int(state.step) < last:
     raise Stopped(interruption.signal, int(state.step))
   return state
+
+
+def described(*, objective: Objective, optimizer: Any, partitioner: Partitioner, precision: Precision,
+              init_from: Any = None) -> _Run:
+  """A run that is looked at and never begun (`trace`, `state_bytes`); its mesh may be a description of devices."""
+  return _Run(objective, optimizer, '', partitioner, precision, init_from, seed=0)
 
 
 class _Run:
@@ -212,7 +219,7 @@ class _Run:
     step = states.make_step(objective, self.skeleton, self.optimizer, microbatches=precision.microbatches,
                             compute_dtype=jnp.dtype(precision.compute), ema_decay=precision.ema_decay,
                             skip_nonfinite=precision.max_skipped > 0)
-    self.max_skipped = precision.max_skipped
+    self.max_skipped, self.microbatches = precision.max_skipped, precision.microbatches
     self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
     # What comes out is read on the host: each process needs the whole of it.
     self.evaluate = jax.jit(lambda state, batch, key: objective.loss(
@@ -268,13 +275,34 @@ class _Run:
           configuration=configuration, data=getattr(batches, 'fingerprint', ''), seed=self.seed)
       checkpoints = stack.enter_context(checkpoint.Checkpoints(
           self.workdir, self.objective, lineage=lineage, made_with=made_with, **options))
-      stack.enter_context(jax.set_mesh(self.partitioner.mesh))
-      stack.enter_context(axes.constraining(self.partitioner.constrain))
+      stack.enter_context(self.on_mesh())
       self.configuration = configuration
       yield checkpoints
 
-  def check(self, batches: Batches, microbatches: int) -> None:
-    size = batches.batch_size
+  @contextlib.contextmanager
+  def on_mesh(self) -> Iterator[None]:
+    """Steps are traced in here."""
+    with jax.set_mesh(self.partitioner.mesh), axes.constraining(self.partitioner):
+      yield
+
+  def trace(self, batch_size: int) -> jax.stages.Traced:
+    """The step for a batch of this size, ready to be lowered. Raises ValueError where the mesh does not divide it."""
+    self.check_batch(batch_size)
+    laid_out = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    batch = {name: laid_out(rows, self.partitioner.of_rows)
+             for name, rows in self.objective.batch_spec(batch_size).items()}
+    with self.on_mesh():
+      return self.step.trace(jax.tree.map(laid_out, self.abstract, self.shardings), batch,
+                             laid_out(self.run_key, self.partitioner.replicated))
+
+  @property
+  def state_bytes(self) -> int:
+    """Of the state, on each device."""
+    size = lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(size, self.abstract, self.shardings)))
+
+  def check_batch(self, size: int) -> None:
+    microbatches = self.microbatches
     self.partitioner.check_batch(size)
     if microbatches > 1 and not self.objective.mean_over_examples:
       raise ValueError(f'the loss of {type(self.objective).__name__} is not a mean over examples: microbatches must '

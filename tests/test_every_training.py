@@ -53,7 +53,7 @@ def fresh(objective, optimizer, batches, partitioner):
 
 
 def run(objective, optimizer, batches, partitioner, steps, *, microbatches=1):
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner.constrain):
+  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
     skeleton, transform, shardings, state = fresh(objective, optimizer, batches, partitioner)
     step = jax.jit(states.make_step(objective, skeleton, transform, microbatches=microbatches),
                    out_shardings=(shardings, None))
@@ -85,8 +85,7 @@ def test_microbatches_change_neither_gradient_nor_statistics(name, parts):
 
 
 @pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=() if n == 'coarse_lm' else pytest.mark.slow)
-             for n in ('codec', 'mulan', 'w2v_bert', 'coarse_lm')])
+    'name', [pytest.param(n, marks=() if n == 'coarse_lm' else pytest.mark.slow) for n in TRAININGS])
 def test_ten_steps_on_eight_devices_equal_one_device(name, parts):
   objective, batches, optimizer = parts(name)
   one, _, _, _ = run(objective, optimizer, batches, Partitioner(data=1), 1)
@@ -195,8 +194,8 @@ def test_a_run_killed_inside_a_checkpoint_write_ends_bit_for_bit_like_an_unbroke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['codec', 'coarse_lm'])
-def test_two_processes_equal_one(name, tokens, environment, tmp_path):
+@pytest.mark.parametrize('name', TRAININGS)
+def test_two_processes_of_four_devices_equal_one_device(name, tokens, environment, tmp_path):
   # Sounds and pictures too: one process alone with a computation of the mesh would wait for the other for ever.
   macros = {'TENSORBOARD': importlib.util.find_spec('tensorboardX') is not None}
   finish(command(name, tokens, tmp_path / 'one', 4, **macros), environment)
@@ -206,7 +205,9 @@ def test_two_processes_equal_one(name, tokens, environment, tmp_path):
   processes = []
   for index in range(2):
     cluster = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(index)}
-    processes.append(subprocess.Popen([*command(name, tokens, tmp_path / 'two', 4, **macros), '--distributed'],
+    cluster['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'
+    mesh = ['--gin_file', 'mesh/cpu8.gin', '--distributed']
+    processes.append(subprocess.Popen([*command(name, tokens, tmp_path / 'two', 4, **macros), *mesh],
                                       env={**environment, **cluster}, stderr=subprocess.PIPE, text=True))
   for process in processes:
     _, errors = process.communicate(timeout=900)

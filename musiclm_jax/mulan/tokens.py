@@ -53,7 +53,11 @@ class MuLanTokenizer(nnx.Module):
 
   def text_tokens(self, text_BxE: jax.Array) -> jax.Array:
     """Codes int32 [B, 1, Q] of the embeddings of texts, which are moved to their clips first."""
-    return self.tokens(_moved(text_BxE, self.text_map[...], self.text_shift[...]))
+    return self.tokens(self.expected_audio(text_BxE))
+
+  def expected_audio(self, text_BxE: jax.Array) -> jax.Array:
+    """Where the clips of texts with these embeddings are expected: [B, E] of length 1."""
+    return _moved(text_BxE, self.text_map[...], self.text_shift[...])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ class ConformerConfig:
     kernel: frames that the depthwise convolution sees, an odd number.
     positions: "rotary" or "none".
     dropout: after each of the four sub-layers.
-    attention_block, remat: as in `TransformerConfig`.
+    attention, attention_block, remat: as in `TransformerConfig`.
   """
 
   width: int
@@ -40,6 +40,7 @@ class ConformerConfig:
   dropout: float = 0.0
   attention_block: int = 0
   remat: bool = False
+  attention: str = 'auto'
 
   def __post_init__(self):
     if self.kernel < 1 or self.kernel % 2 == 0:
@@ -55,7 +56,7 @@ class ConformerConfig:
     return TransformerConfig(
         width=self.width, depth=self.depth, heads=self.heads, mlp_width=self.mlp_width, gated=False,
         activation='silu', norm='layer', norm_epsilon=1e-5, bias=True, causal=False, positions=self.positions,
-        attention_block=self.attention_block)
+        attention=self.attention, attention_block=self.attention_block)
 
 
 class Convolution(nnx.Module):
@@ -142,7 +143,8 @@ class ConformerBlock(nnx.Module):
 
     def attend(h):
       q, k, v = self.attention.project(h, positions_1xT)
-      return self.attention.merge(attention(q, k, v, mask=mask, block=self.config.attention_block))
+      return self.attention.merge(attention(
+          q, k, v, mask=mask, kind=self.config.attention, block=self.config.attention_block))
 
     x = x_BxTxD
     x = x + 0.5 * self._dropped(self.feed_forward_1(self.feed_forward_1_norm(x)), keys_B, 0)

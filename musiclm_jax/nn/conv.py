@@ -13,11 +13,15 @@ import jax.numpy as jnp
 
 from musiclm_jax.nn import streaming
 
+_SPLIT_FROM = 8  # channels
+
 
 def _kernel(shape: tuple[int, ...], rngs: nnx.Rngs, fan_in: int, scale: float = 1.0) -> nnx.Param:
   """Normal with standard deviation scale / sqrt(fan_in)."""
   value = jax.random.normal(rngs.params(), shape, jnp.float32) * (scale * fan_in ** -0.5)
-  return nnx.Param(value, axes=(None,) * (len(shape) - 2) + ('channel_in', 'channel_out'))
+  # Stereo, real and imaginary parts, the few inputs of a group: nothing is won by splitting those.
+  channel_in = 'channel_in' if shape[-2] >= _SPLIT_FROM else None
+  return nnx.Param(value, axes=(None,) * (len(shape) - 2) + (channel_in, 'channel_out'))
 
 
 def _bias(width: int) -> nnx.Param:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from musiclm_jax import axes
+
 # Added under the square root of |X|^2 so that the gradient of a silent bin is finite; far below any floor.
 _MAGNITUDE_EPSILON = 1e-16
 # How far below the loudest cell of a clip `distance_floor` is, 80 dB, and the least that it is, for clips of silence.
@@ -104,7 +106,11 @@ def stft(x_BxN: jax.Array, window: int, hop: int, *, padded: bool = True, fft_si
   Hann windows, no normalisation; frames as in `frame`. Always computed in float32.
   """
   frames_BxFxW = frame(x_BxN.astype(jnp.float32), window, hop, padded=padded) * hann(window)
-  return jnp.fft.rfft(frames_BxFxW, n=fft_size or window)
+  transform = lambda frames: jnp.fft.rfft(frames, n=fft_size or window)
+  if frames_BxFxW.shape[0] % axes.parts('batch'):
+    return transform(frames_BxFxW)
+  # The compiler splits no Fourier transform: left to itself it gathers all frames on every device.
+  return axes.apart(transform, ('batch', None, None), frames_BxFxW, kernel=False)
 
 
 def _hz_to_mel(hz):

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from musiclm_jax import axes
+from musiclm_jax.nn.attention import KINDS, attention
 
 _UNROLLED = 4  # layers at most that a scan writes out
-_NEGATIVE = -1e30  # finite, so that a row with every key masked gives a number and not NaN
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -42,8 +42,8 @@ class TransformerConfig:
       arXiv 1910.10683) or "none".
     relative_buckets, relative_max_distance: of the T5 bias. T5's 128 positions are 0.64 s of coarse tokens;
       set it to the crop.
-    attention_block: queries a block; 0 computes all logits at once. Blocks keep memory linear in length
-      and skip the keys that causality hides.
+    attention: what computes it, as in `attention.attention`; "auto" chooses by the device.
+    attention_block: queries a block, where it is computed in blocks; 0 chooses.
     remat: recompute each layer's activations in the backward pass.
   """
 
@@ -65,12 +65,18 @@ class TransformerConfig:
   dropout: float = 0.0
   remat: bool = False
   attention_block: int = 0
+  attention: str = 'auto'
 
   def __post_init__(self):
     if self.positions not in ('rotary', 't5', 'none'):
       raise ValueError(f'positions must be "rotary", "t5" or "none", found {self.positions!r}')
     if self.norm not in ('rms', 'layer'):
       raise ValueError(f'norm must be "rms" or "layer", found {self.norm!r}')
+    if self.attention not in KINDS:
+      raise ValueError(f'attention must be one of {list(KINDS)}, found {self.attention!r}')
+    if self.attention in ('cudnn', 'splash') and self.positions == 't5':
+      raise ValueError(f'attention = {self.attention!r} takes no bias by distance (positions = "t5"); "auto" chooses '
+                       'what fits')
     if self.activation not in ACTIVATIONS:
       raise ValueError(f'activation must be one of {sorted(ACTIVATIONS)}, found {self.activation!r}')
     if not self.head_dim and self.width % self.heads:
@@ -217,50 +223,6 @@ def relative_bucket(distance: jax.Array, *, causal: bool, buckets: int, max_dist
   return bucket + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
 
 
-def _attend(q, k, v, mask, bias):
-  logits = jnp.einsum('BTHK,BSHK->BHTS', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-  if bias is not None:
-    logits = logits + bias.astype(jnp.float32)
-  if mask is not None:
-    logits = jnp.where(mask, logits, _NEGATIVE)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum('BHTS,BSHK->BTHK', weights, v)
-
-
-def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, *, mask: jax.Array | None = None,
-              bias: jax.Array | None = None, causal: bool = False, block: int = 0) -> jax.Array:
-  """Softmax attention, softmax in float32, logits scaled by 1/sqrt(K). Returns [B, T, H, K].
-
-  Args:
-    mask: bool, broadcastable to [B, H, T, S]; True where a query may look.
-    bias: added to the logits, broadcastable to [B, H, T, S].
-    causal: query t sees keys 0 to t + S - T only.
-    block: queries a block, each recomputed in the backward pass; 0 for one block.
-  """
-  T, S = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1]
-  block = block or T
-
-  def part(array, first, last, keys):
-    """Rows [first, last) and keys [0, keys) of a mask or bias, broadcast axes left alone."""
-    if array is None:
-      return None
-    rows = array if array.shape[-2] == 1 else array[..., first:last, :]
-    return rows if rows.shape[-1] == 1 else rows[..., :keys]
-
-  outputs = []
-  for first in range(0, T, block):
-    last = min(first + block, T)
-    keys = min(S, last + S - T) if causal else S
-    allowed = part(mask, first, last, keys)
-    if causal:
-      seen = jnp.arange(keys)[None, :] <= jnp.arange(first, last)[:, None] + (S - T)
-      allowed = seen if allowed is None else allowed & seen
-    run = _attend if last - first == T else jax.checkpoint(_attend)
-    outputs.append(run(q_BxTxHxK[:, first:last], k_BxSxHxK[:, :keys], v_BxSxHxK[:, :keys], allowed,
-                       part(bias, first, last, keys)))
-  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
-
-
 class Cache(NamedTuple):
   """Keys and values of the positions seen so far, and how many those are. An explicit pytree."""
 
@@ -333,7 +295,7 @@ class Block(nnx.Module):
 
     def attend(h):
       q, k, v = self.attention.project(h, positions_AxT)
-      y = attention(q, k, v, mask=mask, bias=bias, causal=c.causal, block=c.attention_block)
+      y = attention(q, k, v, mask=mask, bias_GxHxR=bias, causal=c.causal, kind=c.attention, block=c.attention_block)
       return self.attention.merge(y)
 
     x = self._residual(x_BxTxD, self.attention_norm, attend, keys_B, 0)
@@ -348,7 +310,8 @@ class Block(nnx.Module):
       q, k, v = self.attention.project(h, positions_AxT)
       k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k.astype(k_cache.dtype), start, axis=1)
       v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v.astype(v_cache.dtype), start, axis=1)
-      return self.attention.merge(attention(q, k_cache, v_cache, mask=mask, bias=bias))
+      # All logits at once: lengths may be left open in an exported program, and no gradient has to keep them.
+      return self.attention.merge(attention(q, k_cache, v_cache, mask=mask, bias_GxHxR=bias, kind='xla'))
 
     x = self._residual(x_BxTxD, self.attention_norm, attend, None, 0)
     return self._residual(x, self.feed_forward_norm, self.feed_forward, None, 1), k_cache, v_cache
@@ -365,13 +328,19 @@ class Transformer(nnx.Module):
     table = jax.random.normal(rngs.params(), (c.relative_buckets, c.heads)) / math.sqrt(c.width)
     self.relative = nnx.Param(table, axes=(None, 'heads')) if c.positions == 't5' else None
 
-  def _bias(self, query_T: jax.Array, key_S: jax.Array) -> jax.Array | None:
-    """T5 bias [1, H, T, S] from places in the sequence, or None."""
+  def _bias(self, distance_R: jax.Array, groups: int = 1) -> jax.Array | None:
+    """T5 bias [G, H, R] of distances in the sequence, the same for all groups of examples, or None.
+
+    Each group has a copy of the table to look up in: its gradient is summed into the buckets before groups on other
+    devices are added.
+    """
     if self.relative is None:
       return None
-    bucket = relative_bucket(key_S[None, :] - query_T[:, None], causal=self.config.causal,
-                             buckets=self.config.relative_buckets, max_distance=self.config.relative_max_distance)
-    return jnp.take(self.relative[...], bucket, axis=0).transpose(2, 0, 1)[None]
+    bucket_R = relative_bucket(distance_R, causal=self.config.causal, buckets=self.config.relative_buckets,
+                               max_distance=self.config.relative_max_distance)
+    table_GxNxH = jnp.broadcast_to(self.relative[...], (groups, *self.relative.shape))
+    table_GxNxH = axes.constrain(table_GxNxH, 'batch', None, 'heads_activation') if groups > 1 else table_GxNxH
+    return jax.vmap(lambda table: jnp.take(table, bucket_R, axis=0))(table_GxNxH).transpose(0, 2, 1)
 
   def __call__(self, x_BxLxD: jax.Array, *, valid_BxL: jax.Array | None = None,
                positions_AxL: jax.Array | None = None, keys_B: jax.Array | None = None) -> jax.Array:
@@ -380,7 +349,7 @@ class Transformer(nnx.Module):
     place_L = jnp.arange(length)
     positions = place_L[None] if positions_AxL is None else positions_AxL
     mask = None if valid_BxL is None else valid_BxL[:, None, None, :]
-    bias = self._bias(place_L, place_L)
+    bias = self._bias(jnp.arange(1 - length, length), axes.parts('batch'))
 
     def layer(block, x, index):
       keys = None if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys_B)
@@ -408,7 +377,7 @@ class Transformer(nnx.Module):
     now = jax.lax.dynamic_slice_in_dim(positions, cache.filled, new, axis=1)
     place_T = cache.filled + jnp.arange(new)
     mask = (place_L[None, :] <= place_T[:, None])[None, None]
-    bias = self._bias(place_T, place_L)
+    bias = self._bias(jnp.arange(new + length - 1) - (new - 1) - cache.filled)
 
     def layer(block, x, k_cache, v_cache):
       x, k_cache, v_cache = block.extend(x, now, k_cache, v_cache, cache.filled, mask=mask, bias=bias)

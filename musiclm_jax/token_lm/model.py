@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from musiclm_jax import specs
+from musiclm_jax import axes, specs
 from musiclm_jax.nn.transformer import Cache, Embedding, Transformer, TransformerConfig
 from musiclm_jax.specs import Stage
 from musiclm_jax.token_lm.sequence import Layout
@@ -19,13 +19,13 @@ from musiclm_jax.token_lm.sequence import Layout
 class TokenLM(nnx.Module):
   """p(target | conditions), next token by next token.
 
-  Inputs are embedded over the unified vocabulary and the null rows; outputs are over the target stream only, and
-  at each position only over the codebook that is legal there.
+  Inputs are embedded over the unified vocabulary and the null rows (or the row that starts a sequence); outputs are
+  over the target stream only, and at each position only over the codebook that is legal there.
   """
 
   def __init__(self, stage: Stage, config: TransformerConfig, *, rngs: nnx.Rngs):
     self.stage, self.config = stage, config
-    rows = stage.vocab_size + len(stage.conditions)
+    rows = stage.vocab_size + max(1, len(stage.conditions))
     # Rows are padded so that the table splits over any usual mesh.
     rows = -(-rows // specs.LENGTH_MULTIPLE) * specs.LENGTH_MULTIPLE
     self.embedding = Embedding(rows, config.width, scale=1.0, rngs=rngs)
@@ -37,25 +37,34 @@ class TokenLM(nnx.Module):
     shape = (target.levels, target.codebook_size)
     self.frequency = nnx.Variable(jnp.full(shape, 1 / target.codebook_size), axes=(None, 'codebook'))
 
-  def hidden(self, rows_BxL: jax.Array, layout: Layout, *, keys_B: jax.Array | None = None) -> jax.Array:
-    """Last hidden states [B, L, D] of a whole sequence."""
-    positions = jnp.asarray(layout.positions_2xL[:, :rows_BxL.shape[1]])
-    return self.transformer(self.embedding(rows_BxL), positions_AxL=positions, keys_B=keys_B)
+  def hidden(self, rows_BxL: jax.Array, positions_2xL: jax.Array, *, keys_B: jax.Array | None = None) -> jax.Array:
+    """Last hidden states [B, L, D] of a sequence whose positions are the first of a layout."""
+    length, parts, positions_2xL = rows_BxL.shape[1], axes.parts('length'), jnp.asarray(positions_2xL)
+    if parts > 1:
+      # What makes the length a multiple of the devices that share it lies after all that any of it can see.
+      rows_BxL, positions_2xL = (jnp.pad(x, ((0, 0), (0, -length % parts))) for x in (rows_BxL, positions_2xL))
+    return self.transformer(self.embedding(rows_BxL), positions_AxL=positions_2xL, keys_B=keys_B)[:, :length]
+
+  def rows(self, codes: jax.Array, level: jax.Array) -> jax.Array:
+    """Rows of the unified vocabulary that codes of the target have at a level."""
+    target = self.stage.target
+    return self.stage.offset(target) + level * target.codebook_size + codes
 
   def target_logits(self, rows_BxL: jax.Array, layout: Layout, *, keys_B: jax.Array | None = None) -> jax.Array:
     """Logits of every target token given all before it, float32 [B, F, Q, K]."""
     target = self.stage.target
-    hidden = self.hidden(rows_BxL[:, :-1], layout, keys_B=keys_B)[:, layout.condition_length - 1:]
+    hidden = self.hidden(rows_BxL[:, :-1], layout.positions_2xL[:, :rows_BxL.shape[1] - 1], keys_B=keys_B)
+    hidden = hidden[:, layout.condition_length - 1:]
     hidden_BxFxQxD = hidden.reshape(hidden.shape[0], -1, target.levels, hidden.shape[-1])
     head = self.head[...].astype(hidden.dtype)
     return jnp.einsum('BFQD,QDK->BFQK', hidden_BxFxQxD, head, preferred_element_type=jnp.float32)
 
-  def init_cache(self, batch: int, layout: Layout) -> Cache:
-    return self.transformer.init_cache(batch, layout.length, self.head[...].dtype)
+  def init_cache(self, batch: int, length: int) -> Cache:
+    return self.transformer.init_cache(batch, length, self.head[...].dtype)
 
-  def extend(self, rows_BxT: jax.Array, cache: Cache, layout: Layout, level: jax.Array) -> tuple[jax.Array, Cache]:
+  def extend(self, rows_BxT: jax.Array, cache: Cache, positions_2xL: jax.Array, level: jax.Array
+             ) -> tuple[jax.Array, Cache]:
     """Takes T more tokens; returns the logits [B, K] of the next one, a code of `level`, and the cache."""
-    x, cache = self.transformer.extend(self.embedding(rows_BxT), cache,
-                                       positions_AxL=jnp.asarray(layout.positions_2xL))
+    x, cache = self.transformer.extend(self.embedding(rows_BxT), cache, positions_AxL=jnp.asarray(positions_2xL))
     head_DxK = self.head[...][level].astype(x.dtype)
     return jnp.matmul(x[:, -1], head_DxK, preferred_element_type=jnp.float32), cache

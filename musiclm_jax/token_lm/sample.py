@@ -1,58 +1,78 @@
 """Sampling a stage: prefill, then one compiled loop of cached steps with static shapes.
 
-Shapes: B batch, F frames, Q levels, K codes.
+Shapes: B batch, L sequence length, T given positions, F frames, Q levels, K codes.
 """
 from __future__ import annotations
 
 from collections.abc import Mapping
-import dataclasses
 import functools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from musiclm_jax.token_lm.draw import draw, Numbers, Sampling
 from musiclm_jax.token_lm.model import TokenLM
-from musiclm_jax.token_lm.sequence import Layout, build
+from musiclm_jax.token_lm.sequence import built, Layout
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How the next token is drawn. Numbers are arguments of the compiled loop, so changing them costs nothing.
+def sample_rows(model: TokenLM, rows_BxT: jax.Array, null_rows_BxT: jax.Array | None, positions_2xL: jax.Array,
+                condition_length: jax.Array, keys_B: jax.Array, numbers: Numbers) -> jax.Array:
+  """Goes on from the rows of a sequence to position L: the codes drawn, int32 [B, L - T]; L must be above T.
 
-  Attributes:
-    temperature: 0 is greedy. MusicLM: 1.0 semantic, 0.95 coarse, 0.4 fine (arXiv 2301.11325, section 4.1).
-    top_k: only the k likeliest codes; 0 is all. top_p: only the likeliest codes that hold this probability.
-    guidance: logits are null + guidance * (conditioned - null); 1 is plain conditioning. Null hides what describes the
-      music as a whole (conditions without a frame rate: the text, or a clip) and keeps what follows it in time. A
-      stage that has no such condition is sampled plainly.
+  A pure function of arrays, in which B, T and L may be symbolic: what is compiled here is what is exported.
+
+  Args:
+    rows_BxT: conditions and the first tokens of the target, as `sequence.build` makes them.
+    null_rows_BxT: the rows from which guidance leads away, or None for plain sampling.
+    positions_2xL: `Layout.positions_2xL`, or its first L columns to stop before the layout ends.
+    condition_length: int32 scalar, positions before the target's first token: they tell a position's level.
+    keys_B: one key an example; the draw at a place of the target depends on the key and on that place alone.
   """
+  levels, length = model.stage.target.levels, positions_2xL.shape[1]
+  B, given = rows_BxT.shape
+  guided = null_rows_BxT is not None
+  twice = lambda x, y: jnp.concatenate([x, y]) if guided else x
+  first = jnp.asarray(given, jnp.int32) - condition_length
 
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  guidance: float = 1.0
+  def choose(logits, place):
+    if guided:
+      shown, null = logits[:B], logits[B:]
+      logits = null + numbers.guidance * (shown - null)
+    return draw(logits, jax.vmap(lambda key: jax.random.fold_in(key, place))(keys_B), numbers)
 
-  def __post_init__(self):
-    if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
-      raise ValueError(f'sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, found {self}')
+  def step(i, carry):
+    code_B, cache, codes_BxN = carry
+    place = first + i
+    row_Bx1 = model.rows(code_B, (place - 1) % levels)[:, None]
+    logits, cache = model.extend(twice(row_Bx1, row_Bx1), cache, positions_2xL, place % levels)
+    code_B = choose(logits, place)
+    return code_B, cache, jax.lax.dynamic_update_slice_in_dim(codes_BxN, code_B[:, None], i, axis=1)
+
+  rows = twice(rows_BxT, null_rows_BxT)
+  logits, cache = model.extend(rows, model.init_cache(rows.shape[0], length), positions_2xL, first % levels)
+  code_B = choose(logits, first)
+  codes_BxN = jnp.zeros((B, length - given), jnp.int32)
+  codes_BxN = jax.lax.dynamic_update_slice_in_dim(codes_BxN, code_B[:, None], 0, axis=1)
+  return jax.lax.fori_loop(1, length - given, step, (code_B, cache, codes_BxN))[2]
 
 
-def draw(logits_BxK: jax.Array, keys_B: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
-         ) -> jax.Array:
-  """One code an example, int32 [B]; each example has its own key, so its draw is the same in any batch."""
-  K = logits_BxK.shape[-1]
-  scaled = logits_BxK.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
-  order = -jnp.sort(-scaled, axis=-1)
-  kept = jnp.where(top_k > 0, jnp.minimum(top_k, K), K)
-  kth = jnp.take(order, kept - 1, axis=-1)[:, None]
-  probability = jax.nn.softmax(order, axis=-1)
-  # The first code past the threshold is still kept: `before` is what the likelier ones hold together.
-  before = jnp.cumsum(probability, axis=-1) - probability
-  nucleus = jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1, keepdims=True)
-  allowed = scaled >= jnp.maximum(kth, nucleus)
-  sampled = jax.vmap(jax.random.categorical)(keys_B, jnp.where(allowed, scaled, -jnp.inf))
-  return jnp.where(temperature == 0, jnp.argmax(logits_BxK, axis=-1), sampled).astype(jnp.int32)
+def row_nats(model: TokenLM, rows_BxL: jax.Array, positions_2xL: jax.Array, condition_length: jax.Array) -> jax.Array:
+  """Cross-entropy in nats of the row at each position given all before it, float32 [B, L].
+
+  It means something where the target is: from `condition_length` on; what comes before is 0. Pure, as `sample_rows`.
+  """
+  target, length = model.stage.target, rows_BxL.shape[1]
+  hidden_BxLxD = model.hidden(rows_BxL[:, :-1], positions_2xL[:, :length - 1])
+  head_QxDxK = model.head[...].astype(hidden_BxLxD.dtype)
+  logits = jnp.einsum('BLD,QDK->BLQK', hidden_BxLxD, head_QxDxK, preferred_element_type=jnp.float32)
+  place_L = jnp.arange(1, length) - condition_length
+  level_L = place_L % target.levels
+  logits_BxLxK = jnp.take_along_axis(logits, level_L[None, :, None, None], axis=2)[:, :, 0]
+  code_BxL = jnp.clip(rows_BxL[:, 1:] - model.rows(0, level_L), 0, target.codebook_size - 1)
+  picked = jnp.take_along_axis(logits_BxLxK, code_BxL[..., None], axis=-1)[..., 0]
+  nats_BxL = jnp.where(place_L >= 0, jax.nn.logsumexp(logits_BxLxK, axis=-1) - picked, 0)
+  return jnp.pad(nats_BxL, ((0, 0), (1, 0)))
 
 
 def sample(model: TokenLM, layout: Layout, streams: Mapping[str, jax.Array], keys_B: jax.Array, sampling: Sampling, *,
@@ -65,47 +85,22 @@ def sample(model: TokenLM, layout: Layout, streams: Mapping[str, jax.Array], key
     keep: levels of each condition to show, as in `sequence.build`.
     prefix_BxFxQ: first frames of the target, to be continued; they are returned as they are.
   """
-  graphdef, state = nnx.split(model)
-  numbers = tuple(jnp.float32(v) for v in (sampling.temperature, sampling.top_p, sampling.guidance))
-  guided = tuple(s.name for s in layout.stage.conditions if not s.frame_rate) if sampling.guidance != 1.0 else ()
+  stage, B, keep = layout.stage, keys_B.shape[0], dict(keep or {})
   if prefix_BxFxQ is None:
-    prefix_BxFxQ = jnp.zeros((keys_B.shape[0], 0, layout.stage.target.levels), jnp.int32)
-  conditions = {s.feature: streams[s.feature] for s in layout.stage.conditions}
-  return _sample(graphdef, layout, guided, state, conditions, prefix_BxFxQ, dict(keep or {}), keys_B, numbers,
-                 jnp.int32(sampling.top_k))
+    prefix_BxFxQ = jnp.zeros((B, 0, stage.target.levels), jnp.int32)
+  if prefix_BxFxQ.shape[1] == layout.frames(stage.target):
+    return prefix_BxFxQ
+  conditions = {s.feature: streams[s.feature] for s in stage.conditions}
+  rows = built(layout, conditions, prefix_BxFxQ, keep)
+  null, hidden = None, stage.timeless
+  if hidden and sampling.guidance != 1.0:
+    null = built(layout, conditions, prefix_BxFxQ, {**keep, **dict.fromkeys(hidden, jnp.zeros((B,), jnp.int32))})
+  graphdef, state = nnx.split(model)
+  codes_BxN = _sample_rows(graphdef, state, rows, null, layout.positions_2xL, layout.condition_length, keys_B,
+                           sampling.numbers)
+  return jnp.concatenate([prefix_BxFxQ, codes_BxN.reshape(B, -1, stage.target.levels)], axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(graphdef, layout: Layout, guided: tuple[str, ...], state, streams, prefix_BxFxQ, keep, keys_B, numbers,
-            top_k):
-  model: TokenLM = nnx.merge(graphdef, state)
-  target, offset = layout.stage.target, layout.stage.offset(layout.stage.target)
-  temperature, top_p, guidance = numbers
-  rows_BxT = build(layout, streams, prefix_BxFxQ, keep=keep)
-  B, given = rows_BxT.shape
-  if guided:
-    nothing = {**keep, **{name: jnp.zeros((B,), jnp.int32) for name in guided}}
-    rows_BxT = jnp.concatenate([rows_BxT, build(layout, streams, prefix_BxFxQ, keep=nothing)])
-
-  def logits_of(logits):
-    if not guided:
-      return logits
-    shown, null = jnp.split(logits, 2)
-    return null + guidance * (shown - null)
-
-  def step(carry, place):
-    logits, cache = carry
-    level = place % target.levels
-    code_B = draw(logits_of(logits), jax.vmap(lambda key: jax.random.fold_in(key, place))(keys_B),
-                  temperature, top_k, top_p)
-    row = (offset + level * target.codebook_size + code_B)[:, None]
-    row = jnp.concatenate([row, row]) if guided else row
-    return model.extend(row, cache, layout, (place + 1) % target.levels), code_B
-
-  done = given - layout.condition_length
-  cache = model.init_cache(rows_BxT.shape[0], layout)
-  first = model.extend(rows_BxT, cache, layout, jnp.int32(done % target.levels))
-  total = target.tokens(layout.duration)
-  _, codes_TxB = jax.lax.scan(step, first, jnp.arange(done, total))
-  new_BxFxQ = codes_TxB.T.reshape(B, -1, target.levels)
-  return jnp.concatenate([prefix_BxFxQ.astype(jnp.int32), new_BxFxQ], axis=1)
+@functools.partial(jax.jit, static_argnums=0)
+def _sample_rows(graphdef, state, *arrays):
+  return sample_rows(nnx.merge(graphdef, state), *arrays)

@@ -2,7 +2,8 @@
 
 A stage's sequence is its conditions one after another, then its target, each stream flattened frame by frame and
 level by level (arXiv 2301.11325, section 3.2; arXiv 2209.03143, section III-C). Everything about it that does not
-depend on the tokens is a NumPy constant of the layout.
+depend on the tokens is a NumPy constant of the layout. A stage without conditions has one row that starts it in their
+place.
 
 Shapes: B batch, L sequence length, F frames, Q levels.
 """
@@ -36,7 +37,7 @@ class Layout:
 
   @property
   def condition_length(self) -> int:
-    return sum(s.tokens(self.duration) for s in self.stage.conditions)
+    return self.stage.condition_tokens(self.duration)
 
   @property
   def length(self) -> int:
@@ -45,7 +46,7 @@ class Layout:
   @functools.cached_property
   def first_row_L(self) -> np.ndarray:
     """Unified-vocabulary row of code 0 at each position: stream offset + level * K. int32 [L]."""
-    parts = []
+    parts = [] if self.stage.conditions else [[self.stage.start_row]]
     for spec in self.stage.streams:
       rows = self.stage.offset(spec) + spec.codebook_size * np.arange(spec.levels)
       parts.append(np.tile(rows, self.frames(spec)))
@@ -58,7 +59,7 @@ class Layout:
     The second lets tokens of streams with different rates find what sounds at the same time.
     """
     fastest = max(s.frame_rate for s in self.stage.streams)
-    moments = []
+    moments = [] if self.stage.conditions else [[0]]
     for spec in self.stage.streams:
       step = specs.TICKS_PER_SECOND / spec.frame_rate if spec.frame_rate else 0
       ticks = np.repeat(step * np.arange(self.frames(spec)), spec.levels)
@@ -84,6 +85,8 @@ def build(layout: Layout, streams: Mapping[str, jax.Array], target_BxFxQ: jax.Ar
   """
   stage = layout.stage
   parts, place = [], 0
+  if not stage.conditions:
+    parts, place = [jnp.full((len(target_BxFxQ), 1), stage.start_row, jnp.int32)], 1
   for spec in stage.streams:
     code_BxFxQ = target_BxFxQ if spec is stage.target else codes(streams, spec)
     B, F, Q = code_BxFxQ.shape
@@ -101,9 +104,16 @@ def build(layout: Layout, streams: Mapping[str, jax.Array], target_BxFxQ: jax.Ar
   return jnp.concatenate(parts, axis=1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def built(layout: Layout, streams: Mapping[str, jax.Array], target_BxFxQ: jax.Array, keep: Mapping[str, jax.Array]
+          ) -> jax.Array:
+  """`build`, compiled: it is called once a window in sampling."""
+  return build(layout, streams, target_BxFxQ, keep=keep)
+
+
 def revert(layout: Layout, rows_BxL: jax.Array) -> dict[str, jax.Array]:
   """The codes of each stream by its name, int32 [B, F, Q]; inverse of `build` where nothing was dropped."""
-  found, place = {}, 0
+  found, place = {}, 0 if layout.stage.conditions else 1
   for spec in layout.stage.streams:
     size = spec.tokens(layout.duration)
     code_BxL = rows_BxL[:, place:place + size] - layout.first_row_L[place:place + size]

@@ -19,10 +19,11 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
   `arguments` may be `jax.ShapeDtypeStruct`s: nothing is computed. A branch counts as its most expensive case. Raises
   ValueError for a loop whose length is not known before it runs.
   """
-  return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
+  return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _of(jaxpr: core.Jaxpr) -> float:
+def of_jaxpr(jaxpr: core.Jaxpr) -> float:
+  """Those of a function that has been traced."""
   return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -43,15 +44,20 @@ def _of_equation(equation: core.JaxprEqn) -> float:
     rows = max(v.aval.size for v in (*equation.invars, *equation.outvars)) / length
     return 2.5 * rows * length * math.log2(length)  # of real input
   if name == 'scan':
-    return params['length'] * _of(params['jaxpr'].jaxpr)
+    return params['length'] * of_jaxpr(params['jaxpr'].jaxpr)
+  if name == 'shard_map':  # the body sees the share of one device
+    body = params['jaxpr']
+    return of_jaxpr(body) * equation.outvars[0].aval.size / body.outvars[0].aval.size
+  if name == 'pallas_call':  # a kernel, for each place of its grid
+    return math.prod(params['grid_mapping'].grid) * of_jaxpr(params['jaxpr'])
   if name == 'cond':
-    return max(_of(branch.jaxpr) for branch in params['branches'])
+    return max(of_jaxpr(branch.jaxpr) for branch in params['branches'])
   if name == 'while':
-    inner = _of(params['body_jaxpr'].jaxpr)
+    inner = of_jaxpr(params['body_jaxpr'].jaxpr)
     if inner:
       raise ValueError('a loop of unknown length has products in its body; count one of its passes instead')
     return 0.0
-  return sum(_of(inner) for inner in _inner(params))
+  return sum(of_jaxpr(inner) for inner in _inner(params))
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:

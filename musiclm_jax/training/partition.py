@@ -1,12 +1,14 @@
 """The only file that knows devices: the mesh, and which logical axis is split over which mesh axis."""
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -41,6 +43,7 @@ class Partitioner:
   Attributes:
     data, fsdp, tensor, sequence: devices along each mesh axis. 0 for `data` means all that are left.
     rules: pairs (logical axis, mesh axes).
+    devices: those to make the mesh of, real ones or a description of some; None for all that there are.
   """
 
   data: int = 0
@@ -48,6 +51,7 @@ class Partitioner:
   tensor: int = 1
   sequence: int = 1
   rules: tuple[tuple[str, tuple[str, ...]], ...] = RULES
+  devices: tuple[Any, ...] | None = None
 
   def __post_init__(self):
     known = set(axes.PARAMETER_AXES) | set(axes.ACTIVATION_AXES)
@@ -64,17 +68,17 @@ class Partitioner:
   @functools.cached_property
   def mesh(self) -> Mesh:
     fixed = self.fsdp * self.tensor * self.sequence
-    total = jax.device_count()
+    devices = jax.devices() if self.devices is None else list(self.devices)
+    total = len(devices)
     data = self.data or total // fixed
     if data < 1 or data * fixed > total:
       raise ValueError(
           f'mesh data {data} x fsdp {self.fsdp} x tensor {self.tensor} x sequence {self.sequence} needs '
           f'{max(data, 1) * fixed} devices, but there are {total}')
     sizes = (data, self.fsdp, self.tensor, self.sequence)
-    if math.prod(sizes) == total:
-      return jax.make_mesh(sizes, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
-    devices = np.array(jax.devices()[:math.prod(sizes)]).reshape(sizes)
-    return Mesh(devices, MESH_AXES)
+    if math.prod(sizes) < total:
+      return Mesh(np.array(devices[:math.prod(sizes)]).reshape(sizes), MESH_AXES)
+    return Mesh(_arranged(sizes, devices), MESH_AXES)
 
   def _spec(self, names: tuple, shape: tuple[int, ...], what: str) -> PartitionSpec:
     """Mesh axes of each dimension; a mesh axis that is taken or of size 1 is left out, a single entry never split."""
@@ -100,6 +104,11 @@ class Partitioner:
   @property
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec())
+
+  @property
+  def of_rows(self) -> NamedSharding:
+    """Of arrays whose first axis is the rows of a batch."""
+    return NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp')))
 
   def state_shardings(self, skeleton: Skeleton, abstract: TrainState) -> TrainState:
     """Shardings of a whole state. Optimizer slots follow the parameter whose path ends theirs."""
@@ -134,6 +143,23 @@ class Partitioner:
     """What `axes.constrain` does inside a step."""
     return jax.lax.with_sharding_constraint(x, self._sharding(names, x.shape, 'activation'))
 
+  def parts(self, name: str) -> int:
+    """Into how many parts the logical axis `name` is split."""
+    return math.prod(self.mesh.shape[axis] for axis in dict(self.rules)[name])
+
+  @property
+  def platform(self) -> str:
+    return self.mesh.devices.flat[0].platform
+
+  @property
+  def num_devices(self) -> int:
+    return self.mesh.size
+
+  def apart(self, f: Callable[..., jax.Array], names: tuple, arrays: tuple[jax.Array, ...], kernel: bool) -> jax.Array:
+    """What `axes.apart` does inside a step."""
+    spec = self._spec(names, arrays[0].shape, 'activation')
+    return jax.shard_map(f, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=not kernel)(*arrays)
+
   @property
   def batch_parts(self) -> int:
     """Into how many parts the rows of a batch are dealt."""
@@ -151,5 +177,19 @@ class Partitioner:
 
   def global_batch(self, local: dict[str, np.ndarray]) -> dict[str, Any]:
     """This process's rows as its part of one global array, split over data and fsdp."""
-    sharding = NamedSharding(self.mesh, PartitionSpec(('data', 'fsdp')))
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}
+    return {name: jax.make_array_from_process_local_data(self.of_rows, rows) for name, rows in local.items()}
+
+
+def _arranged(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+  """Devices in the shape of the mesh, neighbours of the network beside one another.
+
+  Where slices (or nodes of GPUs) are joined by a slower network, only `data` crosses it, if its size allows that.
+  """
+  slices = len({getattr(device, 'slice_index', 0) or 0 for device in devices})
+  data, *inner = sizes
+  if slices == 1:
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  if data % slices:
+    return np.array(devices).reshape(sizes)
+  return mesh_utils.create_hybrid_device_mesh((data // slices, *inner), (slices, 1, 1, 1), devices,
+                                              allow_split_physical_axes=True)

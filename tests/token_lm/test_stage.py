@@ -2,6 +2,7 @@ import dataclasses
 
 from flax import nnx
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from musiclm_jax.nn.transformer import TransformerConfig
 from musiclm_jax.specs import Stage, TokenSpec
 from musiclm_jax.token_lm import sample as sampling
+from musiclm_jax.token_lm.draw import draw, Sampling
 from musiclm_jax.token_lm.objective import NextToken
-from musiclm_jax.token_lm.sample import Sampling, sample
+from musiclm_jax.token_lm.sample import row_nats, sample, sample_rows
 from musiclm_jax.token_lm.sequence import build, codes
 
 MULAN, SEMANTIC = TokenSpec('mulan', 16, 3), TokenSpec('semantic', 16, 1, 25)
@@ -18,7 +20,8 @@ ACOUSTIC = TokenSpec('acoustic', 16, 6, 50)
 COARSE, FINE = ACOUSTIC.part('coarse', 0, 2), ACOUSTIC.part('fine', 2, 4)
 STAGES = {'semantic': Stage('semantic', (MULAN,), SEMANTIC, 0.4),
           'coarse': Stage('coarse', (MULAN, SEMANTIC), COARSE, 0.2),
-          'fine': Stage('fine', (COARSE,), FINE, 0.12)}
+          'fine': Stage('fine', (COARSE,), FINE, 0.12),
+          'unconditional': Stage('unconditional', (), SEMANTIC, 0.4)}
 NET = TransformerConfig(width=32, depth=2, heads=2, mlp_width=48, dropout=0.1)
 
 
@@ -90,10 +93,10 @@ def test_new_numbers_do_not_compile_again():
   model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
   keys = jax.random.split(jax.random.key(0), 4)
   sample(model, objective.layout, batch, keys, Sampling(1.0))
-  before = sampling._sample._cache_size()
+  before = sampling._sample_rows._cache_size()
   other = {**batch, 'mulan': batch['mulan'][::-1]}
   sample(model, objective.layout, other, keys[::-1], Sampling(0.3, top_k=4, top_p=0.5))
-  assert sampling._sample._cache_size() == before
+  assert sampling._sample_rows._cache_size() == before
 
 
 def test_truncated_draws():
@@ -101,8 +104,7 @@ def test_truncated_draws():
   keys = jax.random.split(jax.random.key(0), 400)
   def support(**changes):
     s = Sampling(**changes)
-    draws = sampling.draw(jnp.tile(logits, (400, 1)), keys, jnp.float32(s.temperature), jnp.int32(s.top_k),
-                          jnp.float32(s.top_p))
+    draws = draw(jnp.tile(logits, (400, 1)), keys, s.numbers)
     return set(draws.tolist())
   assert support() == {0, 1, 2, 3}
   assert support(top_k=2) == {0, 1}
@@ -138,6 +140,17 @@ def test_every_target_token_is_predicted_without_seeing_itself_or_later_ones():
   assert not flat[:, 12:].all(axis=1).any()
 
 
+@pytest.mark.parametrize('name', STAGES)
+def test_likelihood_of_rows_is_that_of_the_objective(name):
+  objective = objective_of(name)
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  rows = build(objective.layout, batch, codes(batch, objective.stage.target))
+  nats = row_nats(model, rows, objective.layout.positions_2xL, objective.layout.condition_length)
+  given = objective.layout.condition_length
+  assert not nats[:, :given].any()
+  np.testing.assert_allclose(nats[:, given:], objective.token_nats(model, batch).reshape(4, -1), atol=1e-5)
+
+
 @pytest.mark.parametrize('stream', ['mulan', 'semantic'])
 def test_conditions_are_used_and_can_be_dropped(stream):
   objective = objective_of('coarse')
@@ -158,3 +171,32 @@ def test_training_truncates_and_drops_conditions_at_the_stated_rates():
   assert np.mean(semantic == 0) == pytest.approx(0.25, abs=0.03)
   for levels in (1, 2, 3):
     assert np.mean(mulan == levels) == pytest.approx(0.75 / levels / (1 + 1 / 2 + 1 / 3), abs=0.03)
+
+
+@pytest.mark.parametrize('guided', [False, True])
+def test_sampling_can_be_exported_for_any_batch_and_length(guided):
+  objective = objective_of('coarse')
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  graphdef, state = nnx.split(model)
+  state = nnx.to_pure_dict(state)
+
+  def run(state, rows, null, positions, condition_length, key_data, numbers):
+    merged = nnx.merge(graphdef, state)
+    return sample_rows(merged, rows, null, positions, condition_length, jax.random.wrap_key_data(key_data), numbers)
+
+  b, t, n = jax.export.symbolic_shape('b, t, n')
+  of = jax.ShapeDtypeStruct
+  rows = of((b, t), jnp.int32)
+  shapes = (jax.tree.map(lambda x: of(x.shape, x.dtype), state), rows, rows if guided else None,
+            of((2, t + n), jnp.float32), of((), jnp.int32), of((b, 2), jnp.uint32),
+            jax.tree.map(lambda x: of(x.shape, x.dtype), Sampling().numbers))
+  exported = jax.export.export(jax.jit(run))(*shapes)
+  layout, numbers = objective.layout, Sampling(1.0, guidance=2.0).numbers
+  keys = jax.random.key_data(jax.random.split(jax.random.key(0), 4))
+  for size, frames in ((4, 0), (2, 4)):
+    target = codes(batch, objective.stage.target)[:size, :frames]
+    part = {k: v[:size] for k, v in batch.items()}
+    rows = build(layout, part, target)
+    null = build(layout, part, target, keep={'mulan': jnp.zeros((size,), jnp.int32)}) if guided else None
+    arrays = (rows, null, layout.positions_2xL, np.int32(layout.condition_length), keys[:size], numbers)
+    np.testing.assert_array_equal(exported.call(state, *arrays), run(state, *arrays))

@@ -1,5 +1,6 @@
 """Counted operations against arithmetic by hand."""
 import jax
+from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import pytest
 
@@ -18,6 +19,22 @@ def test_products():
   assert flops(lambda a, b: jnp.einsum('BHTK,BHSK->BHTS', a, b), shape(2, 3, 7, 8), shape(2, 3, 9, 8)) == (
       2 * 2 * 3 * 7 * 9 * 8)
   assert flops(jax.grad(lambda a, b: jnp.sum(jnp.tanh(a @ b)), (0, 1)), shape(3, 4), shape(4, 5)) == 3 * 2 * 3 * 4 * 5
+
+
+def test_what_each_device_does_of_its_own_rows_counts_for_all_of_them():
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  product = lambda x: jax.shard_map(lambda rows: rows @ rows.T, mesh=mesh, in_specs=jax.P('data'),
+                                    out_specs=jax.P('data'))(x)
+  assert flops(product, shape(16, 4)) == 8 * 2 * 2 * 2 * 4
+
+
+def test_a_kernel_counts_once_for_each_place_of_its_grid():
+  def kernel(x, y):
+    y[...] = x[...] @ x[...].T
+  block = pl.BlockSpec((8, 8), lambda i, j: (i, j))
+  product = pl.pallas_call(kernel, grid=(2, 3), in_specs=[block], out_specs=block, interpret=True,
+                           out_shape=jax.ShapeDtypeStruct((16, 24), jnp.float32))
+  assert flops(product, shape(16, 24)) == 2 * 3 * 2 * 8 * 8 * 8
 
 
 @pytest.mark.parametrize('groups, stride', [(1, 1), (2, 1), (1, 2)])

@@ -1,3 +1,4 @@
+import math
 import types
 
 from flax import nnx
@@ -6,14 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from musiclm_jax import axes, train
+from musiclm_jax.nn import spectral
 from musiclm_jax.nn.transformer import TransformerConfig
 from musiclm_jax.specs import Stage, TokenSpec
 from musiclm_jax.token_lm.objective import NextToken
 from musiclm_jax.training import optimizer as optimizers
 from musiclm_jax.training import state as states
+from musiclm_jax.training.hlo import Program
 from musiclm_jax.training.optimizer import Adam
-from musiclm_jax.training.partition import RULES, Partitioner
+from musiclm_jax.training.partition import _arranged, RULES, Partitioner
 from musiclm_jax.training.state import Skeleton
+from tests.trainings import experiment
 
 STAGE = Stage('semantic', (TokenSpec('mulan', 16, 3),), TokenSpec('semantic', 16, 1, 25), 0.4)
 
@@ -78,9 +83,90 @@ def test_wrong_rules_are_refused(rules, words):
 
 
 def test_constraints_inside_a_step_follow_the_rules():
-  from musiclm_jax import axes
   partitioner = Partitioner(data=2, fsdp=2, tensor=2)
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner.constrain):
+  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
     y = jax.jit(lambda x: axes.constrain(x, 'batch', None))(jnp.zeros((8, 3)))
   assert y.sharding.shard_shape(y.shape) == (2, 3)
   np.testing.assert_array_equal(axes.constrain(y, 'batch', None), y)  # outside a mesh nothing happens
+
+
+def a_described_run(**mesh):
+  """The coarse stage at size nano with the T5 bias, on a mesh."""
+  e = experiment('coarse_lm', LM_POSITIONS='t5')
+  arguments = {name: e.argument(name) for name in ('objective', 'optimizer', 'precision')}
+  return train.described(**arguments, partitioner=Partitioner(**mesh))
+
+
+@pytest.mark.parametrize('mesh', [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)])
+def test_no_message_carries_the_relative_bias(mesh):
+  """Its gradient is summed into buckets where it arises; at the paper's size [T, T] of it is the largest message."""
+  described = a_described_run(**mesh)
+  program = Program.parse(described.trace(8).lower().compile().as_text())
+  length = described.objective.layout.length - 1
+  dims = [d for c in program.collectives for d in c.dims]
+  assert (32, 2 // mesh.get('tensor', 1)) in dims, 'the gradient of the table is summed over devices'
+  assert not [d for d in dims if d.count(length) > 1 or math.prod(d) % length ** 2 == 0]
+
+
+def test_relative_bias_on_a_mesh_has_the_gradient_of_one_device():
+  objective = experiment('coarse_lm', LM_POSITIONS='t5').argument('objective')
+  skeleton = Skeleton.of(objective)
+  params, buffers = states.split_model(objective.model(nnx.Rngs(0)))
+  spec = objective.batch_spec(8)
+  batch = {name: jax.random.randint(jax.random.key(1), rows.shape, 0, 8) for name, rows in spec.items()}
+  batch['slot'] = jnp.arange(8)
+  loss = lambda p: objective.loss(skeleton.model(p, buffers), batch, jax.random.key(2), training=True)[0]
+  expected, gradient = jax.jit(jax.value_and_grad(loss))(params)
+  made = Partitioner(data=2, fsdp=2, tensor=2)
+  with jax.set_mesh(made.mesh), axes.constraining(made):
+    found, sharded = jax.jit(jax.value_and_grad(loss))(params)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  assert np.abs(gradient['transformer']['relative']).max() > 0
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, sharded)
+
+
+def slices(count, each):
+  """Devices of several slices, in an order that mixes them."""
+  made = [types.SimpleNamespace(id=i, process_index=i // 4, slice_index=i // each, platform='cpu', device_kind='cpu')
+          for i in range(count * each)]
+  return tuple(sorted(made, key=lambda device: device.id % each))
+
+
+def test_only_data_goes_between_slices():
+  places = np.vectorize(lambda d: d.slice_index, otypes=[int])(_arranged((4, 2, 1, 1), list(slices(2, 4))))
+  assert (places == places[:, :1]).all() and set(places[:, 0, 0, 0]) == {0, 1}
+  # Where data is not a multiple of the slices, the mesh goes through them in order.
+  assert _arranged((1, 8, 1, 1), list(slices(2, 4))).shape == (1, 8, 1, 1)
+
+
+def test_a_mesh_of_given_devices():
+  given = tuple(jax.devices()[4:])
+  assert set(Partitioner(fsdp=2, devices=given).mesh.devices.flat) == set(given)
+  assert Partitioner(fsdp=2, devices=given).mesh.shape['data'] == 2
+  with pytest.raises(ValueError, match='needs 8 devices, but there are 4'):
+    Partitioner(fsdp=8, devices=given).mesh  # noqa: B018
+
+
+def test_parts_of_a_logical_axis():
+  made = Partitioner(data=2, fsdp=2, tensor=2)
+  assert (made.parts('batch'), made.parts('mlp'), made.parts('layer'), made.batch_parts) == (4, 2, 1, 4)
+  assert axes.parts('batch') == 1
+  with axes.constraining(made):
+    assert axes.parts('batch') == 4
+
+
+@pytest.mark.parametrize('rows', [8, 6])
+def test_a_spectrogram_on_a_mesh_is_computed_where_its_clips_are(rows):
+  """The compiler splits no Fourier transform: left to itself it gathers all frames on every device."""
+  made = Partitioner(data=2, fsdp=2, tensor=2)
+  loss = lambda x: jnp.sum(jnp.abs(spectral.stft(x, 64, 16)) ** 3)
+  x = jax.random.normal(jax.random.key(0), (rows, 640))
+  expected, gradient = jax.value_and_grad(loss)(x)
+  with jax.set_mesh(made.mesh), axes.constraining(made):
+    laid_out = jax.device_put(x, made.of_rows if rows == 8 else made.replicated)
+    step = jax.jit(jax.value_and_grad(loss)).lower(laid_out).compile()
+    found, sharded = step(laid_out)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(sharded, gradient, rtol=1e-4, atol=1e-4)
+  largest = max(math.prod(d) for c in Program.parse(step.as_text()).collectives for d in c.dims) if rows == 8 else 0
+  assert largest <= 2 * 640  # no frames, which are four times the samples: two clips a device at most

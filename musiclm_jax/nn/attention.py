@@ -1,0 +1,351 @@
+"""Attention: one function, and what computes it on each kind of device.
+
+Shapes: B batch, T query length, S key length, H heads, K head width, G groups of successive examples, R distances
+(T + S - 1), n queries of a block, s keys that a block may see; `...` stands for examples and heads.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from musiclm_jax import axes, specs
+
+KINDS = ('auto', 'xla', 'blockwise', 'cudnn', 'splash')
+_PLATFORMS = {'cudnn': 'gpu', 'splash': 'tpu'}  # where a kernel runs
+
+_NEGATIVE = -1e30  # finite, so that a row with every key masked gives a number and not NaN
+_BLOCK = 128  # queries a block, where nobody chooses
+_FEW = 8  # queries at most whose logits are computed at once: there is nothing to save
+_SEGMENTS = 16  # lengths of visible keys at most that a causal pass is compiled for
+_TILE = 2 ** 16  # logits that stay in a core's cache
+
+
+def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, *, mask: jax.Array | None = None,
+              bias_GxHxR: jax.Array | None = None, causal: bool = False, kind: str = 'auto', block: int = 0
+              ) -> jax.Array:
+  """Softmax attention, softmax in float32, logits scaled by 1/sqrt(K). Returns [B, T, H, K].
+
+  Args:
+    mask: bool, broadcastable to [B, H, T, S]; True where a query may look.
+    bias: added to the logits by distance: that of query t and key s is entry s - t + T - 1. Each of G equal groups of
+      successive examples has its own.
+    causal: query t sees keys 0 to t + S - T only.
+    kind: "xla" computes all logits at once and keeps them for the gradient. "blockwise" computes those of some queries
+      at a time and again in the backward pass: memory is linear in the lengths. "cudnn" and "splash" are the fused
+      kernels of NVIDIA GPUs and of TPUs. "auto" chooses by the device and by what each can do.
+    block: queries a block of "blockwise"; 0 chooses.
+
+  Raises ValueError for a kernel that cannot do what is asked, with the reason.
+  """
+  T, S = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1]
+  if not (isinstance(T, int) and isinstance(S, int)):  # lengths that an exported program leaves open cannot be cut
+    kind = 'xla'
+  if kind == 'auto':
+    kind = fitting(q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)
+  elif kind in _PLATFORMS and (reason := _obstacle(_PLATFORMS[kind], q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)):
+    raise ValueError(f'attention = {kind!r}: {reason}; "auto" chooses what fits')
+  if kind == 'cudnn':
+    return jax.nn.dot_product_attention(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, is_causal=causal, implementation='cudnn')
+  if kind == 'splash':
+    return _splash(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, causal)
+  bias_BxHxR = None if bias_GxHxR is None else _of_each_example(bias_GxHxR, q_BxTxHxK.shape[0])
+  if kind == 'xla':
+    return _plain(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_BxHxR, causal)
+  if causal and T > S:
+    raise ValueError(f'causal attention of {T} queries to {S} keys: the first would see none')
+  return _in_blocks(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_BxHxR, causal, block or _BLOCK)
+
+
+def fitting(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None, bias_GxHxR: jax.Array | None) -> str:
+  """The fastest kind that can compute it on the devices of the step."""
+  T, platform = q_BxTxHxK.shape[1], axes.platform()
+  if T <= _FEW:
+    return 'xla'
+  kernel = {on: kind for kind, on in _PLATFORMS.items()}.get(platform)
+  if kernel and not _obstacle(platform, q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR):
+    return kernel
+  return 'blockwise'
+
+
+def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None,
+              bias: jax.Array | None) -> str:
+  """Why the kernel of a platform cannot be used; "" where it can."""
+  T, S, K = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1], q_BxTxHxK.shape[3]
+  if axes.platform() != platform:
+    return f'a kernel for {platform.upper()}s, and this runs on {axes.platform()}'
+  if bias is not None:
+    return 'it takes no bias by distance (positions = "t5")'
+  if mask is not None:
+    return 'it takes no mask'
+  if axes.parts('length') > 1:
+    return 'it takes no queries that are split over devices (mesh axis "sequence")'
+  if platform == 'gpu' and q_BxTxHxK.dtype not in (jnp.bfloat16, jnp.float16):
+    return f'it computes in bfloat16, not in {q_BxTxHxK.dtype} (COMPUTE_DTYPE)'
+  if platform == 'gpu' and (K % 8 or K > 128):
+    return f'a head must have a multiple of 8 and at most 128 channels, found {K}'
+  if platform == 'tpu' and T != S:
+    return f'it takes as many queries as keys, found {T} queries and {S} keys'
+  return ''
+
+
+def _of_each_example(bias_GxHxR: jax.Array, batch: int) -> jax.Array:
+  groups, H, R = bias_GxHxR.shape
+  if groups == 1:
+    return jnp.broadcast_to(bias_GxHxR, (batch, H, R))
+  return jnp.broadcast_to(bias_GxHxR[:, None], (groups, batch // groups, H, R)).reshape(batch, H, R)
+
+
+def by_distance(bias_R: jax.Array, T: int, S: int) -> jax.Array:
+  """[..., T, S] from [..., T + S - 1]: entry s - t + T - 1 at (t, s).
+
+  Rows of a length one more than the period, read as rows of the period, each begin one further back: no gather, whose
+  gradient would be a scatter.
+  """
+  lead, none = bias_R.shape[:-1], [(0, 0)] * (bias_R.ndim - 1)
+  padded = jnp.pad(bias_R, [*none, (0, 1)])
+  rows = jnp.broadcast_to(padded[..., None, :], (*lead, T, T + S)).reshape(*lead, T * (T + S))
+  # Filled up to T + 1 rows, for lengths that are left open can be added to and not always subtracted from.
+  rows = jnp.pad(rows, [*none, (0, S - 1)]).reshape(*lead, T + 1, T + S - 1)
+  return rows[..., :T, T - 1:]
+
+
+def _plain(q, k, v, mask, bias_BxHxR, causal):
+  T, S = q.shape[1], k.shape[1]
+  logits = jnp.einsum('BTHK,BSHK->BHTS', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+  if bias_BxHxR is not None:
+    logits = logits + by_distance(bias_BxHxR.astype(jnp.float32), T, S)
+  if causal:
+    seen = jnp.arange(S)[None, :] <= jnp.arange(T)[:, None] + (S - T)
+    mask = seen if mask is None else mask & seen
+  if mask is not None:
+    logits = jnp.where(mask, logits, _NEGATIVE)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  return jnp.einsum('BHTS,BSHK->BTHK', weights, v)
+
+
+class _Segment(NamedTuple):
+  """`count` blocks of `rows` successive queries from `first` on, all of which look among the first `keys` keys."""
+
+  first: int
+  rows: int
+  count: int
+  keys: int
+
+
+class _Plan(NamedTuple):
+  """How a pass is cut: segments of queries; and the heads, of all examples, that are computed at a time (0: all)."""
+
+  segments: tuple[_Segment, ...]
+  causal: bool
+  heads: int
+
+
+def _segments(T: int, S: int, block: int, skip: bool) -> tuple[_Segment, ...]:
+  """Blocks of all T queries; with `skip`, later segments see more keys."""
+  whole, rest = divmod(T, block)
+  per = -(-whole // _SEGMENTS) if skip else whole
+  cut = [(i * block, block, min(per, whole - i)) for i in range(0, whole, max(per, 1))]
+  cut += [(whole * block, rest, 1)] if rest else []
+  return tuple(_Segment(first, rows, count, first + rows * count + S - T if skip else S) for first, rows, count in cut)
+
+
+def _in_blocks(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_BxHxR, causal: bool, block: int) -> jax.Array:
+  """One of three arrangements of the same blocks.
+
+  CPU: a few heads at a time, one after another, whose logits then stay in the cache: training twice as fast. A mesh
+  and accelerators: all heads side by side. Queries that are split over devices: each device's are cut for themselves,
+  so that no block has to travel.
+  """
+  B, T, H, K = q_BxTxHxK.shape
+  S, parts = k_BxSxHxK.shape[1], axes.parts('length')
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BxTxHxK, k_BxSxHxK, v_BxSxHxK))
+  mask = None if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+  if axes.platform() == 'cpu' and axes.num_devices() == 1:
+    heads = _TILE // (min(block, T) * S)
+    heads = max(n for n in range(1, B * H + 1) if B * H % n == 0 and n <= max(heads, 1))
+    y = _blockwise(_Plan(_segments(T, S, block, causal), causal, heads), q, k, v, mask, bias_BxHxR, jnp.int32(S - T))
+  elif parts > 1 and T % parts == 0:
+    y = _of_each_part(parts, _Plan(_segments(T // parts, S, block, False), causal, 0), q, k, v, mask, bias_BxHxR)
+  else:
+    y = _blockwise(_Plan(_segments(T, S, block, causal), causal, 0), q, k, v, mask, bias_BxHxR, jnp.int32(S - T))
+  return y.transpose(0, 2, 1, 3)
+
+
+def _of_each_part(parts: int, plan: _Plan, q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask, bias_BxHxR) -> jax.Array:
+  B, H, T, K = q_BxHxTxK.shape
+  S, rows = k_BxHxSxK.shape[2], T // parts
+  first_P = jnp.arange(parts, dtype=jnp.int32) * rows
+  bias_PxBxHxR = bias_BxHxR if bias_BxHxR is None else jnp.stack([
+      bias_BxHxR[..., (parts - 1 - p) * rows:(parts - p) * rows + S - 1] for p in range(parts)])
+  whole_mask = mask is None or mask.shape[2] == 1
+  if not whole_mask:
+    mask = mask.reshape(*mask.shape[:2], parts, rows, mask.shape[3])
+  run = jax.vmap(functools.partial(_blockwise, plan), out_axes=2,
+                 in_axes=(2, None, None, None if whole_mask else 2, None if bias_BxHxR is None else 0, 0))
+  y = run(q_BxHxTxK.reshape(B, H, parts, rows, K), k_BxHxSxK, v_BxHxSxK, mask, bias_PxBxHxR, first_P + (S - T))
+  return y.reshape(B, H, T, K)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(plan: _Plan, q, k, v, mask, bias, start) -> jax.Array:
+  """Queries [B, H, T, K] to keys and values [B, H, S, K], all heads [B, H] at once or `plan.heads` at a time.
+
+  mask: [1 or B, 1 or H, 1 or T, 1 or S] or None. bias: [B, H, R] or None. start: the last key that query 0 sees
+  where the plan is causal, int32.
+  """
+  return _forward(plan, q, k, v, mask, bias, start)[0]
+
+
+def _forward(plan: _Plan, q, k, v, mask, bias, start):
+  def run(arrays, mask):
+    q, k, v, bias = arrays
+    parts = []
+    for segment in plan.segments:
+      def block(none, first, segment=segment):
+        return none, _block_forward(plan, segment, first, q, k, v, mask, bias, start)
+      parts.append(_each_block(block, (), segment)[1])
+    return tuple(jnp.concatenate(x, axis=-2) for x in zip(*parts))
+
+  y, top, total = _by_heads(plan, run, (q, k, v, bias), mask)
+  return y, (q, k, v, mask, bias, start, y, top, total)
+
+
+def _backward(plan: _Plan, kept, g):
+  q, k, v, mask, bias, start, y, top, total = kept
+
+  def run(arrays, mask):
+    q, k, v, bias, y, top, total, g = arrays
+    inner = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+    sums = tuple(None if x is None else jnp.zeros(x.shape, jnp.float32) for x in (k, v, bias))
+    parts = []
+    for segment in plan.segments:
+      def block(sums, first, segment=segment):
+        rows = (jax.lax.dynamic_slice_in_dim(x, first, segment.rows, axis=-2) for x in (top, total, inner, g))
+        return _block_backward(plan, segment, first, q, k, v, mask, bias, start, sums, *rows)
+      sums, dq = _each_block(block, sums, segment)
+      parts.append(dq)
+    return jnp.concatenate(parts, axis=-2), *sums
+
+  gradients = _by_heads(plan, run, (q, k, v, bias, y, top, total, g), mask)
+  dq, dk, dv, dbias = (None if x is None else d.astype(x.dtype) for d, x in zip(gradients, (q, k, v, bias)))
+  return dq, dk, dv, None, dbias, None
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _by_heads(plan: _Plan, run: Callable[..., Any], arrays: Any, mask: jax.Array | None) -> Any:
+  """run(arrays, mask) for all heads at once, or for `plan.heads` of them at a time."""
+  if not plan.heads:
+    return run(arrays, mask)
+  B, H = arrays[0].shape[:2]
+  split = lambda x: x.reshape(B * H // plan.heads, plan.heads, *x.shape[2:])
+  arrays = jax.tree.map(split, arrays)
+  if mask is None or mask.shape[:2] == (1, 1):
+    whole = None if mask is None else mask[0]
+    results = jax.lax.map(lambda arrays: run(arrays, whole), arrays)
+  else:
+    masks = split(jnp.broadcast_to(mask, (B, H, *mask.shape[2:])))
+    results = jax.lax.map(lambda both: run(*both), (arrays, masks))
+  return jax.tree.map(lambda x: x.reshape(B, H, *x.shape[2:]), results)
+
+
+def _each_block(block: Callable[..., Any], carry: Any, segment: _Segment) -> Any:
+  """carry, results = block(carry, first) for each block of a segment in turn, the results joined along the queries."""
+  if segment.count == 1:
+    return block(carry, segment.first)
+  firsts = segment.first + segment.rows * jnp.arange(segment.count, dtype=jnp.int32)
+  carry, results = jax.lax.scan(block, carry, firsts)
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, -3)
+    return x.reshape(*x.shape[:-3], segment.count * segment.rows, x.shape[-1])
+
+  return carry, jax.tree.map(join, results)
+
+
+def _logits(plan: _Plan, segment: _Segment, first, q, k, mask, bias, start):
+  """Logits of one block in float32 [..., n, s], and where they were allowed, or None."""
+  n, s, T = segment.rows, segment.keys, q.shape[-2]
+  rows = jax.lax.dynamic_slice_in_dim(q, first, n, axis=-2)
+  logits = _product('...nk,...sk->...ns', rows, k[..., :s, :]) / math.sqrt(q.shape[-1])
+  if bias is not None:
+    logits = logits + by_distance(jax.lax.dynamic_slice_in_dim(bias, T - first - n, n + s - 1, axis=-1), n, s)
+  allowed = None
+  if mask is not None:
+    allowed = mask if mask.shape[-2] == 1 else jax.lax.dynamic_slice_in_dim(mask, first, n, axis=-2)
+    allowed = allowed if allowed.shape[-1] == 1 else allowed[..., :s]
+  if plan.causal:
+    seen = jnp.arange(s)[None, :] <= jnp.arange(n)[:, None] + (first + start)
+    allowed = seen if allowed is None else allowed & seen
+  return (logits if allowed is None else jnp.where(allowed, logits, _NEGATIVE)), allowed
+
+
+def _block_forward(plan, segment, first, q, k, v, mask, bias, start):
+  """Output [..., n, K] of a block, and of each of its softmaxes the largest logit and the sum [..., n, 1]."""
+  logits, _ = _logits(plan, segment, first, q, k, mask, bias, start)
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  weights = jnp.exp(logits - top)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  y = _product('...ns,...sk->...nk', weights.astype(v.dtype), v[..., :segment.keys, :]) / total
+  return y.astype(v.dtype), top, total
+
+
+def _block_backward(plan, segment, first, q, k, v, mask, bias, start, sums, top, total, inner, g):
+  """Adds a block's part to the gradients (dk, dv, dbias); returns them and dq [..., n, K]."""
+  dk, dv, dbias = sums
+  n, s, T = segment.rows, segment.keys, q.shape[-2]
+  scale = 1 / math.sqrt(q.shape[-1])
+  logits, allowed = _logits(plan, segment, first, q, k, mask, bias, start)
+  weights = jnp.exp(logits - top) / total
+  dlogits = weights * (_product('...nk,...sk->...ns', g, v[..., :s, :]) - inner)
+  if mask is not None:  # a row without a key has weights, but no gradient goes through them
+    dlogits = jnp.where(allowed, dlogits, 0)
+  if bias is not None:
+    _, transposed = jax.vjp(lambda x: by_distance(x, n, s), jnp.zeros((*dlogits.shape[:-2], n + s - 1), jnp.float32))
+    dbias = _added(dbias, transposed(dlogits)[0], T - first - n, axis=-1)
+  low = dlogits.astype(q.dtype)
+  rows = jax.lax.dynamic_slice_in_dim(q, first, n, axis=-2)
+  dk = _added(dk, _product('...ns,...nk->...sk', low, rows) * scale, 0, axis=-2)
+  dv = _added(dv, _product('...ns,...nk->...sk', weights.astype(g.dtype), g), 0, axis=-2)
+  return (dk, dv, dbias), _product('...ns,...sk->...nk', low, k[..., :s, :]) * scale
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _added(whole: jax.Array, part: jax.Array, first: Any, *, axis: int) -> jax.Array:
+  """`whole` with `part` added to it from `first` on."""
+  size = part.shape[axis]
+  if whole.shape[axis] == size:
+    return whole + part
+  there = jax.lax.dynamic_slice_in_dim(whole, first, size, axis=axis)
+  return jax.lax.dynamic_update_slice_in_dim(whole, there + part, first, axis=axis)
+
+
+def _splash(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, causal: bool) -> jax.Array:
+  """The Pallas kernel of JAX; lengths are padded to its tiles of 128, and heads are those of each device."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+  T, K = q_BxTxHxK.shape[1], q_BxTxHxK.shape[3]
+  length = -(-T // specs.LENGTH_MULTIPLE) * specs.LENGTH_MULTIPLE
+
+  def local(q, k, v):
+    q, k, v = (jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q, k, v))
+    shape = (length, length)
+    mask = masks.MultiHeadMask([masks.CausalMask(shape) if causal else masks.FullMask(shape)] * q.shape[1])
+    tile = next(n for n in (512, 384, 256, 128) if length % n == 0)
+    sizes = kernels.BlockSizes(block_q=tile, block_kv=tile, block_kv_compute=tile, block_q_dkv=tile, block_kv_dkv=tile,
+                               block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile)
+    run = kernels.make_splash_mha_single_device(mask, block_sizes=sizes)
+    # What fills up the length lies after all that a causal query sees; otherwise it is a segment of its own.
+    segment = None if causal or length == T else kernels.SegmentIds(*[(jnp.arange(length) < T).astype(jnp.int32)] * 2)
+    y = jax.vmap(lambda q, k, v: run(q, k, v, segment))(q / math.sqrt(K), k, v)
+    return y.transpose(0, 2, 1, 3)[:, :T].astype(v.dtype)
+
+  return axes.apart(local, ('batch', None, 'heads_activation', None), q_BxTxHxK, k_BxTxHxK, v_BxTxHxK)

@@ -1,0 +1,201 @@
+"""Attention in blocks, with a gradient of its own, beside the plain formula; kernels of other devices by lowering."""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from musiclm_jax import axes
+from musiclm_jax.nn import attention as attentions
+from musiclm_jax.nn.attention import attention, by_distance
+from musiclm_jax.training.partition import Partitioner
+
+
+def formula(q, k, v, mask=None, bias=None, causal=False):
+  """Written down once more, with [T, S] everywhere."""
+  T, S = q.shape[1], k.shape[1]
+  logits = jnp.einsum('bthk,bshk->bhts', q, k) / math.sqrt(q.shape[-1])
+  if bias is not None:
+    place = jnp.arange(S)[None] - jnp.arange(T)[:, None] + T - 1
+    logits = logits + jnp.repeat(bias[..., place], q.shape[0] // bias.shape[0], axis=0)
+  if mask is not None:
+    logits = jnp.where(mask, logits, -1e30)
+  if causal:
+    logits = jnp.where(jnp.arange(S)[None] <= jnp.arange(T)[:, None] + S - T, logits, -1e30)
+  return jnp.einsum('bhts,bshk->bthk', jax.nn.softmax(logits), v)
+
+
+def arrays(B, T, S, H, K, *, groups=0, masked=''):
+  generator = np.random.default_rng(T * S + H)
+  normal = lambda *shape: jnp.asarray(generator.normal(size=shape), jnp.float32)
+  mask = {'': None, 'keys': np.arange(S) < generator.integers(1, S + 1, (B, 1, 1, 1)),
+          'places': generator.random((1, 1, T, S)) < 0.7, 'heads': generator.random((1, H, T, 1)) < 0.9,
+          'all': generator.random((B, H, T, S)) < 0.7}[masked]
+  if mask is not None:
+    mask = jnp.asarray(mask | (np.arange(S) == 0)[None, None, None] if masked != 'heads' else mask)
+  bias = normal(groups, H, T + S - 1) if groups else None
+  return normal(B, T, H, K), normal(B, S, H, K), normal(B, S, H, K), mask, bias
+
+
+# Batch, queries, keys, heads, head width; queries a block.
+SHAPES = {'one block': (2, 9, 9, 3, 8, 128), 'blocks': (2, 24, 24, 2, 4, 8), 'a rest': (1, 29, 29, 2, 6, 8),
+          'segments of several blocks': (2, 75, 75, 2, 4, 2), 'more keys': (2, 12, 31, 2, 4, 5),
+          'one query': (2, 1, 7, 2, 4, 4), 'one by one': (1, 10, 10, 2, 4, 1)}
+
+
+def compare(given, *, causal, rtol=1e-5, **options):
+  q, k, v, mask, bias = given
+  run = lambda f: jax.jit(jax.value_and_grad(lambda q, k, v, bias: jnp.sum(jnp.sin(f(q, k, v, bias))), (0, 1, 2) if (
+      bias is None) else (0, 1, 2, 3)))(q, k, v, bias)
+  ours = run(lambda q, k, v, bias: attention(q, k, v, mask=mask, bias_GxHxR=bias, causal=causal, **options))
+  theirs = run(lambda q, k, v, bias: formula(q, k, v, mask, bias, causal))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize('groups', [0, 1])
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients_are_those_of_the_formula(shape, causal, groups):
+  *sizes, block = shape
+  compare(arrays(*sizes, groups=groups), causal=causal, kind='blockwise', block=block)
+
+
+@pytest.mark.parametrize('shape', [SHAPES['more keys'], SHAPES['one query']])
+def test_all_logits_at_once_are_those_of_the_formula(shape):
+  *sizes, _ = shape
+  compare(arrays(*sizes, groups=1, masked='places'), causal=True, kind='xla')
+
+
+@pytest.mark.parametrize('masked', ['keys', 'places', 'heads', 'all'])
+@pytest.mark.parametrize('shape', [SHAPES['a rest'], SHAPES['more keys'], SHAPES['segments of several blocks']])
+def test_masks(shape, masked):
+  *sizes, block = shape
+  # A row without a key has equal weights, as by the formula; which keys causality hides from it then is undefined.
+  compare(arrays(*sizes, groups=1, masked=masked), causal=masked in ('keys', 'places'), kind='blockwise', block=block)
+
+
+@pytest.mark.parametrize('sizes', [(6, 40, 40, 4, 8), (5, 33, 40, 3, 8)])
+def test_heads_a_few_at_a_time(sizes, monkeypatch):
+  monkeypatch.setattr(attentions, '_TILE', 2 * 16 * 40)
+  compare(arrays(*sizes, groups=1, masked='keys'), causal=True, kind='blockwise', block=16)
+
+
+def test_each_group_of_examples_has_its_bias():
+  compare(arrays(6, 11, 11, 2, 4, groups=3), causal=True, kind='blockwise', block=4)
+
+
+def test_a_bias_by_distance_is_the_lookup():
+  bias = jax.random.normal(jax.random.key(0), (2, 3, 11))
+  place = np.arange(7)[None] - np.arange(5)[:, None] + 4
+  np.testing.assert_array_equal(by_distance(bias, 5, 7), np.asarray(bias)[..., place])
+
+
+def test_half_precision_stays_near():
+  q, k, v, mask, bias = arrays(2, 40, 40, 2, 16, groups=1, masked='keys')
+  half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+  y = attention(*half, mask=mask, bias_GxHxR=bias, causal=True, kind='blockwise', block=16)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_allclose(y.astype(jnp.float32), formula(q, k, v, mask, bias, True), atol=0.05)
+
+
+MESHES = {'data': dict(data=8), 'fsdp': dict(data=1, fsdp=8), 'tensor': dict(data=1, tensor=8),
+          'sequence': dict(data=1, sequence=8), 'all': dict(data=1, fsdp=2, tensor=2, sequence=2)}
+
+
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('mesh', MESHES.values(), ids=MESHES)
+def test_a_mesh_changes_nothing(mesh, causal):
+  q, k, v, mask, bias = arrays(8, 48, 48, 8, 4, groups=1, masked='keys')
+
+  def loss(q, k, v, bias):
+    q, k, v = (axes.constrain(x, 'batch', 'length', 'heads_activation', None) for x in (q, k, v))
+    return jnp.sum(jnp.sin(attention(q, k, v, mask=mask, bias_GxHxR=bias, causal=causal, block=8)))
+
+  run = lambda: jax.device_get(jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(q, k, v, bias))
+  alone = run()
+  partitioner = Partitioner(**mesh)
+  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
+    together = run()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(a).max())),
+               alone, together)
+
+
+def test_memory_is_linear_in_the_length():
+  def temporaries(T, kind):
+    spec = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
+    bias = jax.ShapeDtypeStruct((1, 2, 2 * T - 1), jnp.float32)
+    loss = lambda q, k, v, bias: jnp.sum(jnp.sin(attention(q, k, v, bias_GxHxR=bias, causal=True, kind=kind)))
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(spec, spec, spec, bias).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporaries(4096, 'blockwise') < 2.3 * temporaries(2048, 'blockwise')
+  assert temporaries(2048, 'xla') > 3 * temporaries(1024, 'xla')  # what is measured would show a square
+
+
+class On:
+  """A step on one device of another kind."""
+
+  num_devices = 1
+
+  def __init__(self, platform):
+    self.platform = platform
+
+  def parts(self, name):
+    return 1
+
+  def constrain(self, x, names):
+    return x
+
+  def apart(self, f, names, arrays, kernel):
+    return f(*arrays)
+
+
+@pytest.mark.parametrize('platform, kind, changes, words', [
+    ('cpu', 'cudnn', {}, 'a kernel for GPUs, and this runs on cpu'), ('cpu', 'splash', {}, 'a kernel for TPUs'),
+    ('gpu', 'cudnn', {'dtype': jnp.float32}, 'bfloat16, not in float32'),
+    ('gpu', 'cudnn', {'K': 12}, 'multiple of 8 and at most 128 channels, found 12'),
+    ('gpu', 'cudnn', {'groups': 1}, 'no bias by distance'), ('tpu', 'splash', {'masked': 'keys'}, 'no mask'),
+    ('tpu', 'splash', {'S': 48}, '40 queries and 48 keys')])
+def test_a_kernel_that_cannot_do_it_is_refused_in_a_line(platform, kind, changes, words):
+  dtype = changes.pop('dtype', jnp.bfloat16)
+  sizes = {'B': 2, 'T': 40, 'S': 40, 'H': 2, 'K': 16, **changes}
+  q, k, v, mask, bias = arrays(**sizes)
+  with axes.constraining(On(platform)), pytest.raises(ValueError, match=words) as refused:
+    attention(*(x.astype(dtype) for x in (q, k, v)), mask=mask, bias_GxHxR=bias, kind=kind)
+  assert '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize('platform, changes, kind', [
+    ('cpu', {}, 'blockwise'), ('gpu', {}, 'cudnn'), ('tpu', {}, 'splash'), ('gpu', {'groups': 1}, 'blockwise'),
+    ('tpu', {'groups': 1}, 'blockwise'), ('gpu', {'masked': 'keys'}, 'blockwise'), ('gpu', {'K': 12}, 'blockwise'),
+    ('tpu', {'S': 48}, 'blockwise'), ('cpu', {'T': 1}, 'xla'), ('tpu', {'T': 1}, 'xla')])
+def test_the_device_decides(platform, changes, kind):
+  q, k, v, mask, bias = arrays(**{'B': 1, 'T': 40, 'S': 40, 'H': 2, 'K': 16, **changes})
+  with axes.constraining(On(platform)):
+    assert attentions.fitting(q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), mask, bias) == kind
+
+
+@pytest.mark.parametrize('length', [256, 300])
+@pytest.mark.parametrize('causal', [True, False])
+def test_the_kernel_of_tpus_lowers_with_its_gradient(length, causal):
+  spec = jax.ShapeDtypeStruct((2, length, 2, 64), jnp.bfloat16)
+  with axes.constraining(On('tpu')):
+    run = functools.partial(attention, causal=causal)
+    gradient = jax.grad(lambda q, k, v: jnp.sum(run(q, k, v).astype(jnp.float32)), (0, 1, 2))
+    exported = jax.export.export(jax.jit(gradient), platforms=['tpu'])(spec, spec, spec)
+  assert exported.mlir_module().count('tpu_custom_call') >= 3  # forward, and two of the gradient
+  assert [a.shape for a in exported.out_avals] == [spec.shape] * 3
+
+
+@pytest.mark.parametrize('kind', ['auto', 'blockwise'])
+def test_lengths_may_be_left_open(kind):
+  b, t, s = jax.export.symbolic_shape('b, t, s', constraints=['s >= t'])
+  spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  run = jax.jit(lambda q, k, v, bias: attention(q, k, v, bias_GxHxR=bias, causal=True, kind=kind))
+  program = jax.export.export(run)(*(spec(b, n, 2, 4) for n in (t, s, s)), spec(1, 2, t + s - 1))
+  for T, S in ((5, 9), (12, 12)):
+    q, k, v, _, bias = arrays(2, T, S, 2, 4, groups=1)
+    np.testing.assert_allclose(program.call(q, k, v, bias), formula(q, k, v, None, bias, True), atol=1e-5)
