@@ -1,7 +1,7 @@
 """The trained networks of one workdir as a whole: where each one lies, and that they belong together."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import functools
 import os
 import pathlib
@@ -53,9 +53,9 @@ class Cascade:
     """Content hash of each trained network that makes tokens."""
     return {role: self.part(role).content_hash for role in TOKENIZERS if self.has(role)}
 
-  def networks(self) -> dict[str, dict[str, Any]]:
+  def networks(self, roles: Iterable[str] = tuple(TOKENIZERS)) -> dict[str, dict[str, Any]]:
     """What made the networks that make tokens, by role, and how evenly each uses its own codes."""
-    return {role: self._network(role) for role in TOKENIZERS}
+    return {role: self._network(role) for role in roles}
 
   def _network(self, role: str) -> dict[str, Any]:
     loaded = self.part(role)

@@ -8,7 +8,7 @@ Shapes: B batch (all devices of this process), N samples, F frames, Q levels.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import math
 import os
 import sys
@@ -27,14 +27,16 @@ _CARRIED = ('recording', 'artist', 'start', 'texts', 'attributes', 'source')
 Report = Callable[[str], None]
 
 
-def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade: Cascade, *, batch_size: int = 16,
-            process_index: int = 0, process_count: int = 1, report: Report | None = None) -> records.Manifest | None:
+def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade: Cascade, *,
+            roles: Sequence[str] = tuple(TOKENIZERS), batch_size: int = 16, process_index: int = 0,
+            process_count: int = 1, report: Report | None = None) -> records.Manifest | None:
   """Tokenises this process's shards of every split of a record set; shards that are done are skipped.
 
   Batches never cross a shard and have one static shape, so a shard's tokens do not depend on where the work was
   interrupted, nor on how many processes share it.
 
   Args:
+    roles: whose tokens are written, of "codec", "semantic" and "mulan"; AudioLM's stages, say, need no MuLan.
     batch_size: clips at a time on each device.
     process_index, process_count: which of how many processes this is. The one that finds all shards written, whoever
       wrote them, writes the manifest.
@@ -46,20 +48,25 @@ def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade
   """
   if not 0 <= process_index < process_count:
     raise ValueError(f'process {process_index} of {process_count}: the index counts from 0')
+  if unknown := sorted(set(roles) - set(TOKENIZERS)):
+    raise ValueError(f'there are no {unknown[0]!r} tokens, only those of {", ".join(TOKENIZERS)}')
+  if 'codec' not in roles:
+    raise ValueError(f'tokens of {", ".join(roles)} alone: those of the codec are needed, too')
   report = report or _to_stderr
   audio = records.read_manifest(audio_dir)
   _check_audio(audio_dir, audio, cascade)
   header = records.Header(
-      'tokens', records.token_streams([cascade.token_spec(role) for role in TOKENIZERS]),
-      settings={'audio': audio.fingerprint, 'batch': batch_size}, lineage=cascade.lineage)
+      'tokens', records.token_streams([cascade.token_spec(role) for role in roles]),
+      settings={'audio': audio.fingerprint, 'batch': batch_size},
+      lineage={role: content for role, content in cascade.lineage.items() if role in roles})
   counts = {split: len(shards) for split, shards in audio.splits.items()}
   if other := records.difference(output_dir, header):
     name, there, here = other
     raise ValueError(f'{output_dir} holds tokens of {name} {there}, this would be {name} {here}; name another output')
-  made_with = provenance.made_with(networks=cascade.networks())
+  made_with = provenance.made_with(networks=cascade.networks(roles))
   corpora = {split: records.RecordSet(audio_dir, split) for split in counts if audio.records(split)}
   longest = max(float(corpus.durations.max()) for corpus in corpora.values())
-  tokenise = _Tokeniser(cascade, longest, batch_size * jax.local_device_count())
+  tokenise = _Tokeniser(cascade, roles, longest, batch_size * jax.local_device_count())
   places = [(split, i) for split, count in counts.items() for i in range(count)]
   mine = places[process_index::process_count]
   for split, index in mine:
@@ -98,16 +105,19 @@ def _to_stderr(line: str) -> None:
 class _Tokeniser:
   """Clips to token examples in batches of one shape, the next batch read while the devices work on this one."""
 
-  def __init__(self, cascade: Cascade, seconds: float, batch_size: int):
+  def __init__(self, cascade: Cascade, roles: Sequence[str], seconds: float, batch_size: int):
     self.batch_size = batch_size
-    self.specs = {cascade.token_spec(role).feature: cascade.token_spec(role) for role in TOKENIZERS}
+    self.specs = {cascade.token_spec(role).feature: cascade.token_spec(role) for role in roles}
     self.rate = cascade.part('codec').objective.codec.sample_rate
     block = math.lcm(*(round(self.rate / s.frame_rate) for s in self.specs.values() if s.frame_rate))
     self.samples = math.ceil(seconds * self.rate / block) * block  # whole frames of every stream
-    self.encode = cascade.function('codec', 'encode', parallel=True)
-    self.semantic = cascade.function('semantic', 'tokens', parallel=True)
-    self.embed = cascade.function('mulan', 'embed_audio', parallel=True)
-    self.mulan = cascade.function('mulan', 'tokens', parallel=True)
+    encode = cascade.function('codec', 'encode', parallel=True)
+    self.start = {'acoustic': lambda audio_BxN, length_B: encode(audio_BxN)}
+    if 'semantic' in roles:
+      self.start['semantic'] = cascade.function('semantic', 'tokens', parallel=True)
+    if 'mulan' in roles:
+      embed, quantize = (cascade.function('mulan', name, parallel=True) for name in ('embed_audio', 'tokens'))
+      self.start['mulan'] = lambda audio_BxN, length_B: quantize(embed(audio_BxN, length_B))
 
   def __call__(self, corpus: records.RecordSet, shard: int) -> Iterator[dict[str, Any]]:
     indices = corpus.shard_indices(shard)
@@ -137,8 +147,7 @@ class _Tokeniser:
     return examples, audio_BxN, length_B
 
   def _start(self, audio_BxN: np.ndarray, length_B: np.ndarray) -> dict[str, jax.Array]:
-    return {'acoustic': self.encode(audio_BxN), 'semantic': self.semantic(audio_BxN, length_B),
-            'mulan': self.mulan(self.embed(audio_BxN, length_B))}
+    return {name: start(audio_BxN, length_B) for name, start in self.start.items()}
 
   def _finished(self, examples: list[dict[str, Any]], length_B: np.ndarray, tokens: dict[str, jax.Array]
                 ) -> Iterator[dict[str, Any]]:

@@ -69,6 +69,27 @@ def test_the_tokens_are_those_of_the_networks(audio, tokens, cascade):
       np.testing.assert_array_equal(np.asarray(there)[0], made[i][name], err_msg=f'{name} of clip {i}')
 
 
+def test_tokens_without_a_network(audio, tokens, networks, tmp_path):
+  """As AudioLM's stages need them: of a workdir that has no MuLan, and the same as they would be with one."""
+  for role in ('codec', 'semantic_tokens'):
+    (tmp_path / role).symlink_to(networks / role)
+  some = Cascade(tmp_path)
+  extraction.extract(audio, tmp_path / 'tokens', some, roles=('codec', 'semantic'), batch_size=1, report=lambda line: 0)
+  header = records.read_manifest(tmp_path / 'tokens').header
+  assert set(header.streams) == {'acoustic', 'semantic'} and set(header.lineage) == {'codec', 'semantic'}
+  with_mulan, without = (records.RecordSet(folder, 'train') for folder in (tokens, tmp_path / 'tokens'))
+  for name in ('acoustic', 'semantic'):
+    np.testing.assert_array_equal(with_mulan[3][name], without[3][name])
+  with pytest.raises(FileNotFoundError, match='mulan_tokens'):
+    extraction.extract(audio, tmp_path / 'more', some, batch_size=1, report=lambda line: 0)
+
+
+@pytest.mark.parametrize('roles, words', [(('semantic',), 'those of the codec'), (('codec', 'melody'), "no 'melody'")])
+def test_tokens_that_there_are_none_of(audio, cascade, tmp_path, roles, words):
+  with pytest.raises(ValueError, match=words):
+    extraction.extract(audio, tmp_path, cascade, roles=roles)
+
+
 def test_a_shard_says_what_made_it(tokens, cascade):
   sidecar = json.loads((tokens / 'train-00000-of-00005.arrayrecord.json').read_text())
   assert sidecar['header']['lineage'] == cascade.lineage

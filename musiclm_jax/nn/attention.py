@@ -21,7 +21,7 @@ _PLATFORMS = {'cudnn': 'gpu', 'splash': 'tpu'}  # where a kernel runs
 _NEGATIVE = -1e30  # finite, so that a row with every key masked gives a number and not NaN
 _BLOCK = 128  # queries a block, where nobody chooses
 _FEW = 8  # queries at most whose logits are computed at once: there is nothing to save
-_SEGMENTS = 16  # lengths of visible keys at most that a causal pass is compiled for
+_SEGMENTS = 8  # lengths of visible keys at most that a causal pass is compiled for
 _TILE = 2 ** 16  # logits that stay in a core's cache
 
 
@@ -281,7 +281,9 @@ def _logits(plan: _Plan, segment: _Segment, first, q, k, mask, bias, start):
     allowed = mask if mask.shape[-2] == 1 else jax.lax.dynamic_slice_in_dim(mask, first, n, axis=-2)
     allowed = allowed if allowed.shape[-1] == 1 else allowed[..., :s]
   if plan.causal:
-    seen = jnp.arange(s)[None, :] <= jnp.arange(n)[:, None] + (first + start)
+    # Tied to the logits: else what is seen, the same for all heads and layers, would be kept for all blocks, [T, T].
+    logits, last = jax.lax.optimization_barrier((logits, first + start))
+    seen = jnp.arange(s)[None, :] <= jnp.arange(n)[:, None] + last
     allowed = seen if allowed is None else allowed & seen
   return (logits if allowed is None else jnp.where(allowed, logits, _NEGATIVE)), allowed
 

@@ -1,0 +1,199 @@
+"""The token stages on an accelerator, all in one call and without TensorFlow or PyTorch.
+
+  python -m tests.benchmarks.stage_gpu [--size paper] [--batch 16] [--decode 1 8 64] [--profile DIR] [--rounds 5]
+
+Random weights. Training: a step of the semantic and of the coarse stage in bfloat16, by rotary positions and by the T5
+bias: tokens a second, what computes attention, the share of the machine's measured products (6 operations for each
+parameter in a product and token, and causal attention once; what is computed again is not counted), and memory.
+Decoding: steps of cached sampling at each batch, tokens a second, and the share of the speed at which the weights could
+be read from memory once a step. Generation: 30 s of audio from MuLan tokens through all three stages and the codec,
+beside the 30 s that it lasts, compiled before. `--profile` writes a trace of a training step for TensorBoard or
+Perfetto. Runs on CPU, too, with `--size nano`, to see that it runs.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+import contextlib
+import statistics
+import time
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from musiclm_jax import config
+from musiclm_jax.nn.attention import fitting
+from musiclm_jax.specs import Stage
+from musiclm_jax.token_lm.draw import Sampling
+from musiclm_jax.token_lm.objective import NextToken
+from musiclm_jax.token_lm.sample import sample
+from musiclm_jax.token_lm.sequence import Layout
+from musiclm_jax.training import optimizer as optimizers, state as states
+from tests.benchmarks import turns
+from tests.benchmarks.paper_step import batch_of, stage_of
+
+SECONDS = 30.0
+
+
+def median_seconds(call: Callable[[], Any], rounds: int) -> float:
+  jax.block_until_ready(call())
+  spent = []
+  for _ in range(rounds):
+    begun = time.perf_counter()
+    jax.block_until_ready(call())
+    spent.append(time.perf_counter() - begun)
+  return statistics.median(spent)
+
+
+def operations(objective: NextToken) -> float:
+  """Of a training step, for each sequence."""
+  net, stage = objective.transformer, objective.stage
+  inner = net.heads * net.head_width
+  layer = 4 * net.width * inner + (3 if net.gated else 2) * net.width * net.mlp_width
+  length, predicted = stage.length - 1, stage.target.tokens(stage.seconds)
+  return 6 * (length * net.depth * layer + predicted * net.width * stage.target.codebook_size
+              ) + 6 * length ** 2 * inner * net.depth
+
+
+def train(stage: str, positions: str, args: argparse.Namespace, products: float) -> None:
+  experiment = stage_of(args.size, stage, LM_POSITIONS=positions, LM_REMAT=args.remat, LM_DROPOUT=0.0)
+  objective = experiment.argument('objective')
+  skeleton = states.Skeleton.of(objective)
+  transform = optimizers.by_group(objective, nnx.to_pure_dict(skeleton.params), experiment.argument('optimizer'))
+  key = jax.random.key(0)
+  held = [jax.jit(lambda k: states.create(objective, transform, k, keep_ema=False))(key)]
+  batch = jax.tree.map(jnp.asarray, batch_of(objective, args.batch))
+  step = jax.jit(states.make_step(objective, skeleton, transform, compute_dtype=jnp.bfloat16), donate_argnums=0).lower(
+      held[0], batch, key).compile()
+
+  def run():
+    held[0], metrics = step(held[0], batch, key)
+    return metrics['loss']
+
+  seconds = median_seconds(run, args.rounds)
+  if args.profile:
+    with jax.profiler.trace(f'{args.profile}/{stage}_{positions}'):
+      jax.block_until_ready(run())
+  net, length = objective.transformer, objective.stage.length - 1
+  q = jax.ShapeDtypeStruct((args.batch, length, net.heads, net.head_width), jnp.bfloat16)
+  kind = fitting(q, q, None, q if positions == 't5' else None)
+  memory = step.memory_analysis()
+  gib = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2 ** 30
+  share = args.batch * operations(objective) / seconds / products
+  print(f'| {stage}, {positions} | {kind} | {args.batch * length / seconds:.0f} | {share:.0%} | {gib:.1f} GiB |',
+        flush=True)
+
+
+def network(objective: NextToken, dtype: Any = jnp.bfloat16) -> Any:
+  """Random weights of one type."""
+  skeleton = states.Skeleton.of(objective)
+
+  @jax.jit
+  def make():
+    params, buffers = states.split_model(objective.model(nnx.Rngs(0)))
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, (params, buffers))
+
+  return skeleton.model(*make())
+
+
+def conditions(stage: Stage, seconds: float, size: int) -> dict[str, jax.Array]:
+  generator = np.random.default_rng(0)
+  levels: dict[str, int] = {}
+  for spec in stage.conditions:
+    levels[spec.feature] = max(levels.get(spec.feature, 0), spec.first_level + spec.levels)
+  return {spec.feature: jnp.asarray(
+      generator.integers(0, spec.codebook_size, (size, spec.frames(seconds), levels[spec.feature])), jnp.int32)
+          for spec in stage.conditions}
+
+
+def run_stage(model: Any, objective: NextToken, size: int) -> jax.Array:
+  """The target of one whole crop for `size` sequences."""
+  layout = Layout(objective.stage)
+  given = conditions(objective.stage, layout.duration, size)
+  return sample(model, layout, given, jax.random.split(jax.random.key(0), size), Sampling())
+
+
+def decode(args: argparse.Namespace, bandwidth: float) -> None:
+  objective = stage_of(args.size, 'semantic', LM_POSITIONS='rotary').argument('objective')
+  model = network(objective)
+  read = sum(x.size * x.dtype.itemsize for path, x in jax.tree_util.tree_leaves_with_path(
+      states.split_model(model)[0]) if 'embedding' not in jax.tree_util.keystr(path))
+  steps = objective.stage.target.tokens(objective.stage.seconds)
+  for size in args.decode:
+    seconds = median_seconds(lambda size=size: run_stage(model, objective, size), args.rounds) / steps
+    print(f'| {size} | {size / seconds:.0f} | {seconds * 1e3:.2f} ms | {read / seconds / bandwidth:.0%} |', flush=True)
+
+
+def text_to_audio(args: argparse.Namespace) -> None:
+  """From MuLan tokens on: 30 s as so many crops of each stage, one after another but for the fine stage's, as one
+  batch; and the codec."""
+  stages = {name: stage_of(args.size, name, LM_POSITIONS='rotary').argument('objective')
+            for name in ('semantic', 'coarse', 'fine')}
+  models = {name: network(objective) for name, objective in stages.items()}
+  codec = config.load_experiment(['experiments/codec.gin', f'size/{args.size}.gin'],
+                                 provided=('workdir', 'dry_run', 'configuration')).argument('objective')
+  params, buffers = jax.jit(lambda: states.split_model(codec.model(nnx.Rngs(0))))()
+  decoder = states.compiled(states.Skeleton.of(codec).model(params, buffers), 'decode')
+  spec = codec.token_spec
+  codes = jnp.zeros((1, spec.frames(SECONDS), spec.levels), jnp.int32)
+  crops = {name: max(1, round(SECONDS / objective.stage.seconds)) for name, objective in stages.items()}
+
+  def run():
+    begun = time.perf_counter()
+    parts = {}
+    for name, objective in stages.items():
+      for _ in range(1 if name == 'fine' else 2 * crops[name] - 1):  # windows that overlap by half
+        jax.block_until_ready(run_stage(models[name], objective, crops[name] if name == 'fine' else 1))
+      parts[name], begun = time.perf_counter() - begun, time.perf_counter()
+    jax.block_until_ready(decoder(codes))
+    return {**parts, 'codec': time.perf_counter() - begun}
+
+  run()
+  parts = run()
+  total = sum(parts.values())
+  print(f'{SECONDS:.0f} s of audio in {total:.1f} s, {SECONDS / total:.1f} times faster than real time: '
+        + ', '.join(f'{name} {seconds:.1f} s' for name, seconds in parts.items()), flush=True)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--size', default='paper')
+  parser.add_argument('--batch', type=int, default=16)
+  parser.add_argument('--decode', type=int, nargs='+', default=[1, 8, 64])
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--remat', action='store_true', help='compute each layer again in the backward pass')
+  parser.add_argument('--profile', metavar='DIR')
+  args = parser.parse_args()
+  limits, work = turns.ceilings(8192 if jax.default_backend() != 'cpu' else 1024, 'bfloat16')
+  products = work[turns.PRODUCTS] / median_seconds(limits[turns.PRODUCTS], args.rounds)
+  words = jnp.ones(2 ** 26)
+  copy = jax.jit(lambda x: x + 1)
+  bandwidth = 2 * 4 * 2 ** 26 / median_seconds(lambda: copy(words), args.rounds)
+  print(f'{jax.devices()[0].device_kind}: {products / 1e12:.1f} TFLOP/s in products of bfloat16, copies at '
+        f'{bandwidth / 1e9:.0f} GB/s', flush=True)
+  print('\n| training | attention | tokens a second | products | memory |\n|---|---|---|---|---|')
+  for stage in ('semantic', 'coarse'):
+    for positions in ('rotary', 't5'):
+      with _continuing(f'{stage}, {positions}'):
+        train(stage, positions, args, products)
+  print('\n| batch | tokens a second | a step | weight bandwidth |\n|---|---|---|---|')
+  with _continuing('decoding'):
+    decode(args, bandwidth)
+  print(flush=True)
+  text_to_audio(args)
+
+
+@contextlib.contextmanager
+def _continuing(what: str):
+  """One measurement that does not fit the memory leaves the others."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    print(f'| {what} | failed: {str(error).splitlines()[0]} |', flush=True)
+
+
+if __name__ == '__main__':
+  main()
