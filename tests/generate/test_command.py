@@ -98,7 +98,8 @@ P = ('--prompt', 'slow piano')
     # clips
     (['--style_audio', 'no.wav'], 1, "no file 'no.wav'"), (['--style_audio', '.'], 1, "no file '.'"),
     (['--style_audio', 'short.wav'], 1, 'short.wav: too short'), (['--style_audio', 'long.flac'], 1, 'flac: too long'),
-    (['--style_audio', 'silent.wav'], 1, 'silent.wav: silent'), (['--style_audio', 'nan.wav'], 1, 'nan.wav: non-finite'),
+    (['--style_audio', 'silent.wav'], 1, 'silent.wav: silent'),
+    (['--style_audio', 'nan.wav'], 1, 'nan.wav: non-finite'),
     (['--style_audio', 'text.wav'], 1, 'text.wav: unreadable'), (['--style_audio', 'empty.wav'], 1, 'empty.wav: empty'),
     (['--continue_audio', 'short.wav'], 1, 'too short'), (['--continue_audio', 'long.flac'], 1, 'too long'),
     (['--continue_audio', 'good.wav', '--continue_at', '0:05'], 1, 'cannot be continued from 5 s'),
