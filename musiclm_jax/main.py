@@ -226,6 +226,8 @@ def _of_a_save(raised: types.TracebackType | None) -> bool:
 
 
 def extract(args: argparse.Namespace) -> None:
+  if named := [role for role in args.without if getattr(args, role)]:
+    raise UsageError(f'--{named[0]} names a network that --without {named[0]} leaves out')
   roles = tuple(role for role in ('codec', 'semantic', 'mulan') if role not in args.without)
   places = {role: getattr(args, role) for role in roles if getattr(args, role)}
   if not args.workdir and len(places) < len(roles):
