@@ -39,7 +39,6 @@ LAYERS = {
                   {'specs', 'text', 'provenance'}),
     'serving': Layer({'jax', 'numpy', 'safetensors', 'sentencepiece', 'soundfile', 'flatbuffers'},
                      {'specs', 'text', 'export'}),
-    'export': Layer(NUMERIC | {'safetensors', 'flatbuffers'}, BELOW),
     'evaluation': Layer(NUMERIC | {'jinja2', 'matplotlib', 'scipy', 'sklearn', 'soundfile', 'threadpoolctl'},
                         BELOW),
     'config': Layer({'gin'}, {'config_check'}),

@@ -235,12 +235,11 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
     mask: bool, broadcastable to [B, H, T, S]; True where a query may look.
     bias: added to the logits, broadcastable to [B, H, T, S].
     causal: query t sees keys 0 to t + S - T only.
-    block: queries a block, each recomputed in the backward pass; 0 for one block.
+    block: queries a block, each recomputed in the backward pass; 0 for one block. A length that is still open (in an
+      exported function) is one block, too.
   """
   T, S = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1]
-  if not (block or causal):  # nothing to cut, so that the lengths may be symbolic
-    return _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias)
-  block = block or T
+  firsts = range(0, T, block) if block and isinstance(T, int) else (0,)
 
   def part(array, first, last, keys):
     """Rows [first, last) and keys [0, keys) of a mask or bias, broadcast axes left alone."""
@@ -250,8 +249,8 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
     return rows if rows.shape[-1] == 1 else rows[..., :keys]
 
   outputs = []
-  for first in range(0, T, block):
-    last = min(first + block, T)
+  for first in firsts:
+    last = T if len(firsts) == 1 else min(first + block, T)
     keys = min(S, last + S - T) if causal else S
     allowed = part(mask, first, last, keys)
     if causal:

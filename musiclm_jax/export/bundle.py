@@ -1,0 +1,168 @@
+"""Writes the bundle of a workdir: every function that generation asks for, the weights, and what they are."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+import datetime
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import safetensors.numpy
+
+from musiclm_jax import provenance, specs
+from musiclm_jax.cascade import Cascade
+from musiclm_jax.cascade_networks import CascadeNetworks
+from musiclm_jax.evaluate import MORE_PAIRS, PAIRS, TOKENS
+from musiclm_jax.export import card, functions
+from musiclm_jax.export.weights import Network
+from musiclm_jax.generate.pipeline import PAPER_SAMPLING
+from musiclm_jax.serving import bundle as serving
+from musiclm_jax.serving.bundle import Bundle, BundleSpecs
+from musiclm_jax.serving.bundle_format import (
+    CARD, described, Files, function_file, Manifest, MANIFEST, SPECS, VOCABULARY, WEIGHT_KINDS, weights_file)
+from musiclm_jax.training.checkpoint import Loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """A bundle in its place; `fresh` is False where the same one was there before."""
+
+  path: pathlib.Path
+  bytes: int
+  fresh: bool
+
+  def text(self) -> str:
+    return f'{self.path}: {self.bytes / 1e6:.1f} MB' + ('' if self.fresh else ', of the same networks as before')
+
+
+def export(workdir: str | os.PathLike, output: str | os.PathLike, *, licence: str = '', weights: str = 'float32',
+           records: Sequence[str | os.PathLike] = (), replace: bool = False) -> Written:
+  """Exports the cascade of a workdir.
+
+  The bundle is whole or not there: it is written beside `output`, loaded once, and renamed.
+
+  Args:
+    licence: of the weights.
+    weights: one of `WEIGHT_KINDS`.
+    records: record sets that the networks were trained on; those that a quickstart leaves in its workdir by default.
+    replace: whether another bundle in `output` makes way. Nothing but a bundle does.
+
+  Raises ValueError where the model card would have empty fields, the networks do not belong together, or `output`
+  holds something else.
+  """
+  if weights not in WEIGHT_KINDS:
+    raise ValueError(f'weights must be one of {", ".join(WEIGHT_KINDS)}, found {weights!r}')
+  output = pathlib.Path(os.path.abspath(output))
+  root = pathlib.Path(workdir)
+  sets = records or [place for name in (TOKENS, PAIRS, MORE_PAIRS) if (place := root / name).is_dir()]
+  data = [row for place in sets for row in card.data_of(place)]
+  card.check(licence, data)
+  cascade = Cascade(workdir)
+  loaded = _networks(cascade)
+  lineage = {name: network.content_hash for name, (network, _) in loaded.items()}
+  made_with = {'musiclm_jax': provenance.made_with()['musiclm_jax'], 'code': provenance.code_digest(),
+               'jax': jax.__version__}
+  there = _there(output, replace)
+  if there is not None and (there.licence, there.weights, there.lineage, there.made_with) == (
+      licence, weights, lineage, made_with):
+    return Written(output, sum(size for size, _ in there.files.values()), fresh=False)
+  if there is not None and not replace:
+    raise ValueError(f'{output} holds a bundle of other networks, or exported otherwise: name another output, or give '
+                     '--replace')
+  files: dict[str, bytes] = {}
+  for name, (network, of) in loaded.items():
+    files |= _exported(name, network, of, weights)
+  files[SPECS] = specs.to_json(_specs(cascade)).encode()
+  files[VOCABULARY] = cascade.tokenizer.model_bytes
+  parts = [card.Part(name, network.step, _count(network), network.content_hash) for name, (network, _) in
+           loaded.items()]
+  files[CARD] = card.write(licence=licence, data=data, parts=parts, report=card.figures_of(root), weights=weights,
+                           made_with=made_with).encode()
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  defaults = {name: dataclasses.asdict(PAPER_SAMPLING[name]) for name in CascadeNetworks(cascade).stages}
+  manifest = Manifest(licence, now, made_with, weights, lineage, defaults, described(files))
+  _put(output, {**files, MANIFEST: manifest.to_bytes()})
+  return Written(output, sum(map(len, files.values())), fresh=True)
+
+
+def _networks(cascade: Cascade) -> dict[str, tuple[Loaded, Callable[[Any], dict[str, functions.Function]]]]:
+  """Each network of the cascade by its name in the bundle, and what is exported of it.
+
+  Raises FileNotFoundError where there is no codec or no stage, ValueError where they do not belong together.
+  """
+  found = {serving.CODEC: (cascade.part('codec'), functions.of_codec)}
+  for role, of in ((serving.SEMANTIC, functions.of_semantic), (serving.MULAN, functions.of_mulan)):
+    if cascade.has(role):
+      found[role] = cascade.part(role), of
+  stages = CascadeNetworks(cascade).stages
+  if not stages:
+    cascade.stage('semantic')  # says where it would be
+  return found | {serving.STAGE.format(name): (cascade.stage(name), functions.of_stage) for name in stages}
+
+
+def _specs(cascade: Cascade) -> BundleSpecs:
+  networks = CascadeNetworks(cascade)
+  shared = {f.name: getattr(networks, f.name) for f in dataclasses.fields(BundleSpecs) if f.name != 'text_length'}
+  text_length = cascade.part('mulan').objective.mulan.text.length if networks.mulan_rate else 0
+  return BundleSpecs(**shared, text_length=text_length)
+
+
+def _exported(name: str, loaded: Loaded, of: Callable[[Any], dict[str, functions.Function]], kind: str
+              ) -> dict[str, bytes]:
+  """Files of one network."""
+  programs, arrays = functions.exported(Network.of(loaded), of(loaded.model), kind)
+  files = {function_file(name, function): program for function, program in programs.items()}
+  return files | {weights_file(name): safetensors.numpy.save(arrays)}
+
+
+def _count(loaded: Loaded) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+
+
+def _there(output: pathlib.Path, replace: bool) -> Manifest | None:
+  """The manifest of the bundle in `output`; None where there is nothing. ValueError where there is something else."""
+  if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
+    return None
+  try:
+    return Files(output).manifest
+  except (ValueError, FileNotFoundError):
+    raise ValueError(f'{output} holds something that is not a bundle: name another output') from None
+
+
+def _put(output: pathlib.Path, files: dict[str, bytes]) -> None:
+  """All files in their place at once, after they were loaded as anybody will load them."""
+  with _beside(output) as place:
+    for name, content in files.items():
+      path = place / name
+      path.parent.mkdir(exist_ok=True)
+      with open(path, 'xb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    Bundle(place)
+    if os.path.lexists(output):
+      old = output.with_name(f'.{output.name}.old')
+      shutil.rmtree(old, ignore_errors=True)
+      os.rename(output, old)
+      os.rename(place, output)
+      shutil.rmtree(old)
+    else:
+      os.rename(place, output)
+
+
+@contextlib.contextmanager
+def _beside(output: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder on the same disk, which does not outlive an error."""
+  if not output.parent.is_dir():
+    raise FileNotFoundError(f'there is no folder {str(output.parent)!r}')
+  place = output.with_name(f'.{output.name}.partial')
+  shutil.rmtree(place, ignore_errors=True)  # of an export that was killed
+  place.mkdir()
+  try:
+    yield place
+  finally:
+    shutil.rmtree(place, ignore_errors=True)
