@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from musiclm_jax import provenance, specs
-from musiclm_jax.cascade import Cascade
+from musiclm_jax.cascade import Cascade, TOKENIZERS
 from musiclm_jax.data import records
 from musiclm_jax.data.prefetch import Prefetch
 

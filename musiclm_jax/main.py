@@ -30,7 +30,7 @@ USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 SIZES = ('nano', 'tiny', 'small', 'base', 'paper')
 # Packages of the extra `train`, by import name, for the message where one is missing.
 TRAIN_PACKAGES = ('absl', 'array_record', 'flax', 'gin', 'jinja2', 'matplotlib', 'msgpack', 'optax', 'orbax',
-                  'rich', 'scipy', 'seqio', 'sklearn', 'soxr', 'tensorflow', 'tensorflow_datasets',
+                  'rich', 'scipy', 'seqio', 'sklearn', 'tensorflow', 'tensorflow_datasets',
                   'tokenizers')
 
 
@@ -295,18 +295,40 @@ def reproduce(args: argparse.Namespace) -> None:
     raise ValueError(f'{args.workdir} is not a reproduction of {args.run_dir}: {result.first_difference}')
 
 
-def generate(args: argparse.Namespace) -> None:
+def export(args: argparse.Namespace) -> None:
   _existing(args.workdir, '--workdir')
+  for path in args.records:
+    _existing(path, '--records')
+  options = _given(args, 'licence', 'weights')
+  if args.format == 'savedmodel':
+    if args.replace:
+      raise UsageError('--replace concerns bundles; a SavedModel is written where there is nothing')
+    run = _late('export.bundle', 'export_savedmodel')
+  else:
+    run = _late('export.bundle', 'export')
+    options['replace'] = args.replace
+  print(run(args.workdir, args.output, records=args.records, **options).text())
+
+
+def generate(args: argparse.Namespace) -> None:
+  if bool(args.workdir) == bool(args.bundle):
+    raise UsageError('give either --workdir (trained runs) or --bundle (what `musiclm export` wrote)')
+  _existing(args.workdir or args.bundle, '--workdir' if args.workdir else '--bundle')
   request = _request(args)
   files, modes, pipeline = (
       importlib.import_module(f'musiclm_jax.generate.{m}') for m in ('files', 'modes', 'pipeline'))
-  factor, changes = args.temperature or 1.0, _given(args, 'guidance')
-  sampling = {stage: dataclasses.replace(s, temperature=s.temperature * factor, **changes)
-              for stage, s in pipeline.PAPER_SAMPLING.items()}
-  settings = pipeline.Settings(sampling=sampling, **_given(args, 'seconds', 'mulan_levels', 'block_seconds'))
   seed = modes.check_seed(args.seed or 0)
   files.check(args.output)
-  networks = _late('cascade_networks', 'CascadeNetworks')(_late('cascade', 'Cascade')(args.workdir))
+  if args.bundle:
+    networks = musiclm_jax.load(args.bundle)
+    usual = networks.sampling
+  else:
+    networks = _late('cascade_networks', 'CascadeNetworks')(_late('cascade', 'Cascade')(args.workdir))
+    usual = pipeline.PAPER_SAMPLING
+  factor, changes = args.temperature or 1.0, _given(args, 'guidance')
+  sampling = {stage: dataclasses.replace(s, temperature=s.temperature * factor, **changes)
+              for stage, s in usual.items()}
+  settings = pipeline.Settings(sampling=sampling, **_given(args, 'seconds', 'mulan_levels', 'block_seconds'))
   blocks = modes.music(networks, request, settings, seed=seed)
   about = None if args.no_sidecar else modes.about(networks, request, settings, seed)
   print(files.write(args.output, blocks, networks.sample_rate, about=about).text())
@@ -581,16 +603,38 @@ example:
   p.add_argument('--allow_import', metavar='MODULE', action='append', default=[], help='as for train; repeatable')
 
 
+def _add_export(verb: Callable[..., _Parser]) -> None:
+  p = verb('export', export, 'one folder with all that generation needs, to use and to give away', '''
+The functions are StableHLO for CPU, CUDA and TPU; to generate from the folder, `pip install musiclm_jax` is enough.
+
+examples:
+  musiclm export --workdir runs --output runs/bundle --licence CC-BY-4.0
+  musiclm export --workdir runs --output small --licence CC-BY-4.0 --weights int8
+''')
+  p.add_argument('--workdir', metavar='DIR', required=True, help='the folder that holds the trained runs')
+  p.add_argument('--output', metavar='DIR', required=True, help='where the bundle goes; there may be nothing yet')
+  p.add_argument('--licence', metavar='NAME', help='of the weights: an SPDX identifier, as CC-BY-4.0')
+  p.add_argument('--weights', metavar='KIND', choices=('float32', 'bfloat16', 'int8'),
+                 help='float32 (the default), bfloat16 or int8')
+  p.add_argument('--records', metavar='DIR', action='append', default=[],
+                 help='what the networks were trained on, for the model card; found in a quickstart; repeatable')
+  p.add_argument('--format', metavar='FORMAT', choices=('bundle', 'savedmodel'), default='bundle',
+                 help='bundle (the default), or savedmodel: one TensorFlow SavedModel for each network')
+  p.add_argument('--replace', action='store_true', help='an older bundle in --output makes way')
+
+
 def _add_generate(verb: Callable[..., _Parser]) -> None:
   p = verb('generate', generate, 'text in, music out', '''
 examples:
   musiclm generate --workdir runs --prompt "slow piano in a minor key" --seconds 10 --output piano.wav
+  musiclm generate --bundle runs/bundle --prompt "slow piano in a minor key" --output piano.wav
   musiclm generate --workdir runs --prompt "a flute" --style_audio mine.wav --weights 1 2 --output both.wav
   musiclm generate --workdir runs --story "0:00 calm piano, 0:15 add drums" --seconds 30 --output story.flac
   musiclm generate --workdir runs --continue_audio mine.wav --prompt "with drums" --seconds 20 --output longer.wav
   musiclm generate --workdir runs --infill_audio mine.wav --gap 0:04-0:07 --output mended.wav
 ''')
-  p.add_argument('--workdir', metavar='DIR', required=True, help='the folder that holds the trained runs')
+  p.add_argument('--workdir', metavar='DIR', help='the folder that holds the trained runs')
+  p.add_argument('--bundle', metavar='DIR', help='or what `musiclm export` wrote')
   p.add_argument('--output', metavar='FILE', required=True,
                  help='a .wav, .flac or .ogg file; where it comes from goes beside it, into a .json')
   p.add_argument('--prompt', metavar='TEXT', action='append', help='what the music is to be; repeatable: a mixture')
@@ -676,7 +720,7 @@ start here:
     return p
 
   for add in (_add_prepare, _add_vocabulary, _add_train, _add_plan, _add_extract, _add_data, _add_codec, _add_semantic,
-              _add_mulan, _add_generate, _add_evaluate, _add_reproduce, _add_quickstart):
+              _add_mulan, _add_export, _add_generate, _add_evaluate, _add_reproduce, _add_quickstart):
     add(verb)
   return parser
 
@@ -700,8 +744,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   rest, bindings = _split_bindings(argv)
   args = _parser().parse_args(rest)
   if args.verb is None:
-    raise UsageError('no verb: prepare, vocabulary, train, plan, extract, data, codec, semantic, mulan, generate, '
-                     'evaluate, reproduce, quickstart (see musiclm --help)')
+    raise UsageError('no verb: prepare, vocabulary, train, plan, extract, data, codec, semantic, mulan, export, '
+                     'generate, evaluate, reproduce, quickstart (see musiclm --help)')
   if bindings and args.verb not in ('train', 'plan'):
     raise UsageError(f'--gin.{bindings[0][0]} belongs to `musiclm train` and `musiclm plan`')
   args.gin_bindings = bindings

@@ -1,6 +1,7 @@
 """The whole chain at size nano, as a newcomer runs it."""
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from musiclm_jax import quickstart
+from musiclm_jax import main, quickstart
 from musiclm_jax.data import composer
 from musiclm_jax.data.audio_files import write_wav
 from musiclm_jax.training import checkpoint
@@ -37,6 +38,16 @@ def finished(environment, tmp_path_factory):
   done = subprocess.run(arguments(workdir), env=environment, capture_output=True, text=True, timeout=1500)
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
   return workdir
+
+
+@pytest.mark.parametrize('own', [{}, {'audio_dir': 'music'}, {'audio_dir': 'music', 'captions': 'captions.csv'}])
+def test_every_step_is_a_command_and_the_last_one_exports(tmp_path, own):
+  steps = quickstart.plan(tmp_path, **{'audio_dir': None, 'captions': None, **own}, size='nano', seed=0)
+  asked = [main.parse(step.arguments) for step in steps]
+  assert all(set(step.after) <= {s.name for s in steps[:i]} for i, step in enumerate(steps))
+  last = asked[-1]
+  assert (last.verb, last.workdir, last.output) == ('export', str(tmp_path), str(tmp_path / quickstart.BUNDLE))
+  assert last.replace and last.licence == ('unknown' if own else 'CC0-1.0')
 
 
 @pytest.mark.slow
@@ -73,6 +84,22 @@ def test_text_to_wav_by_command(finished, environment, tmp_path):
   import soundfile
   audio, rate = soundfile.read(tmp_path / 'a.wav')
   assert rate == 24000 and len(audio) == 60000 and np.isfinite(audio).all()
+
+
+@pytest.mark.slow
+def test_the_bundle_makes_the_same_file_as_the_workdir(finished, environment, tmp_path):
+  shutil.copytree(finished / 'bundle', tmp_path / 'elsewhere')
+  for flag, place in (('--workdir', finished), ('--bundle', tmp_path / 'elsewhere')):
+    done = subprocess.run(
+        [sys.executable, '-m', 'musiclm_jax.main', 'generate', flag, str(place), '--prompt', 'slow piano', '--seconds',
+         '2.5', '--seed', '7', '--output', str(tmp_path / f'{flag}.wav')],
+        env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+  import soundfile
+  (a, rate), (b, _) = (soundfile.read(tmp_path / f'{flag}.wav', dtype='int16') for flag in ('--workdir', '--bundle'))
+  assert rate == 24000 and np.abs(a.astype(int) - b).max() <= 1 and np.abs(a.astype(int)).max() > 10
+  card = (finished / 'bundle' / 'MODEL_CARD.md').read_text()
+  assert 'license: cc0-1.0' in card and 'bars of the report were reached' in card
 
 
 @pytest.mark.slow

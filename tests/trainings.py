@@ -1,15 +1,23 @@
 """The six trainings at size nano on data made in a moment, for the tests that hold for all of them."""
 from __future__ import annotations
 
+from collections.abc import Mapping
+import dataclasses
 import functools
 import os
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from musiclm_jax import config
+from musiclm_jax.cascade import Cascade
 from musiclm_jax.data import records
 from musiclm_jax.specs import TokenSpec
+from musiclm_jax.training import checkpoint
+from musiclm_jax.training.state import create
 
 WAVEFORMS = ('codec', 'mulan', 'w2v_bert')
 STAGES = ('semantic_lm', 'coarse_lm', 'fine_lm')
@@ -62,6 +70,36 @@ def make_networks(folder: str | os.PathLike, audio: str | os.PathLike) -> pathli
     built = experiment(name, RECORDS=audio, **macros, **{'partition.Partitioner.data': 1})
     built.build(workdir=str(folder / name), dry_run=False)
   return folder
+
+
+def random_cascade(folder: str | os.PathLike, *, conditions: Mapping[str, str] | None = None) -> pathlib.Path:
+  """A workdir of untrained networks at size nano that belong together: all that generation and export need, in seconds.
+
+  Codebooks are random, too, so that tokens differ; token records lie beside them. With `conditions`, of each stage as
+  gin reads them, there is no MuLan.
+  """
+  folder = pathlib.Path(folder)
+  save_random(folder / 'codec', 'codec', {}, RECORDS='nowhere')
+  save_random(folder / 'semantic_tokens', 'semantic_tokens', {}, W2V_WORKDIR='nowhere')
+  if conditions is None:
+    save_random(folder / 'mulan_tokens', 'mulan_tokens', {}, MULAN_WORKDIR='nowhere')
+  lineage = Cascade(folder).lineage
+  tokens = write_tokens(folder / 'tokens', lineage=lineage)
+  for name in STAGES:
+    more = {'specs.Stage.conditions': conditions[name]} if conditions else {}
+    save_random(folder / name, name, lineage, TOKENS=tokens, **more)
+  return folder
+
+
+def save_random(workdir: str | os.PathLike, name: str, lineage: Mapping[str, str], **macros) -> None:
+  """A checkpoint of the training `name` as it begins, of step 1."""
+  objective = experiment(name, **macros).argument('objective')
+  state = jax.jit(functools.partial(create, objective, optax.sgd(0.0), keep_ema=False))(jax.random.key(len(name)))
+  spread = lambda path, x: (jax.random.normal(jax.random.key(x.size), x.shape) * 0.1
+                            if path[-1].key == 'codebook' else x)
+  buffers = jax.tree_util.tree_map_with_path(spread, state.buffers)
+  with checkpoint.Checkpoints(workdir, objective, lineage=lineage) as checkpoints:
+    checkpoints.save(dataclasses.replace(state, step=jnp.int32(1), buffers=buffers))
 
 
 def make_codec(folder: str | os.PathLike) -> pathlib.Path:

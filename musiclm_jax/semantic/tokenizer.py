@@ -54,9 +54,10 @@ class SemanticModel(nnx.Module):
   def features(self, audio_BxN: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
     """Output [B, N // 960, D] of the chosen layer, float32, before the normalisation."""
     size, frames = self.samples_per_frame, audio_BxN.shape[1] // self.samples_per_frame
-    starts_W, window_T, place_T = windows(frames, self.window_frames)
-    if len(starts_W) == 1:
+    # A length that an exported program leaves open cannot be cut: there the caller does not give more than a window.
+    if not isinstance(frames, int) or frames <= self.window_frames:
       return self.encoder.layer(audio_BxN, self.layer, length_B)
+    starts_W, window_T, place_T = windows(frames, self.window_frames)
 
     def heard(start):
       part_BxN = jax.lax.dynamic_slice_in_dim(audio_BxN, start * size, self.window_frames * size, axis=1)
