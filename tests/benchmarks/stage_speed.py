@@ -109,7 +109,8 @@ def audiolm(length: int, count: int, fast: bool) -> tuple[Calls, dict[str, Any]]
   sys.modules.setdefault('fairseq', types.ModuleType('fairseq'))
   os.environ['TQDM_DISABLE'] = '1'
   import torch
-  from audiolm_pytorch import SemanticTransformer, SemanticTransformerWrapper
+  from audiolm_pytorch import audiolm_pytorch, SemanticTransformer, SemanticTransformerWrapper
+  audiolm_pytorch.get_encoded_dim = lambda name: WIDTH  # else it fetches a text encoder, which nothing here uses
   torch.manual_seed(0)
   options = {'flash_attn': True, 'num_residual_streams': 1} if fast else {}
   model = SemanticTransformer(dim=WIDTH, depth=DEPTH, heads=HEADS, num_semantic_tokens=CODES, **options)
