@@ -274,15 +274,17 @@ def _logits(plan: _Plan, segment: _Segment, first, q, k, mask, bias, start):
   n, s, T = segment.rows, segment.keys, q.shape[-2]
   rows = jax.lax.dynamic_slice_in_dim(q, first, n, axis=-2)
   logits = _product('...nk,...sk->...ns', rows, k[..., :s, :]) / math.sqrt(q.shape[-1])
+  # Tied to the logits: else what is the same for all heads or layers, the bias and what causality hides, would be
+  # computed and kept for all blocks beforehand, [T, T].
+  piece = None if bias is None else jax.lax.dynamic_slice_in_dim(bias, T - first - n, n + s - 1, axis=-1)
+  logits, piece, last = jax.lax.optimization_barrier((logits, piece, first + start))
   if bias is not None:
-    logits = logits + by_distance(jax.lax.dynamic_slice_in_dim(bias, T - first - n, n + s - 1, axis=-1), n, s)
+    logits = logits + by_distance(piece, n, s)
   allowed = None
   if mask is not None:
     allowed = mask if mask.shape[-2] == 1 else jax.lax.dynamic_slice_in_dim(mask, first, n, axis=-2)
     allowed = allowed if allowed.shape[-1] == 1 else allowed[..., :s]
   if plan.causal:
-    # Tied to the logits: else what is seen, the same for all heads and layers, would be kept for all blocks, [T, T].
-    logits, last = jax.lax.optimization_barrier((logits, first + start))
     seen = jnp.arange(s)[None, :] <= jnp.arange(n)[:, None] + last
     allowed = seen if allowed is None else allowed & seen
   return (logits if allowed is None else jnp.where(allowed, logits, _NEGATIVE)), allowed

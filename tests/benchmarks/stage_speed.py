@@ -6,7 +6,7 @@
 Random weights, float32, width 512, 6 layers of 8 heads, a vocabulary of 1024. The training step is forward, loss,
 backward and Adam of 4 sequences of 1024 tokens; generation is 512 tokens from nothing, with temperature 1. musiclm_jax
 is the stage class with rotary positions and no dropout, its gated feed-forward as wide as makes the parameters those
-of the others; "T5 bias" has those positions. audiolm-pytorch is its SemanticTransformer as it comes, and with flash
+of GPT-2; "T5 bias" has those positions. audiolm-pytorch is its SemanticTransformer as it comes, and with flash
 attention, one residual stream and no masking of keys in training; x-transformers a decoder with rotary positions and
 flash attention; GPT-2 that of transformers without dropout. The systems take turns (`turns`); a round whose ratio lies
 far off the middle of all was disturbed and is left out, and how many is said. Shares are of the operations that this
@@ -109,7 +109,8 @@ def audiolm(length: int, count: int, fast: bool) -> tuple[Calls, dict[str, Any]]
   sys.modules.setdefault('fairseq', types.ModuleType('fairseq'))
   os.environ['TQDM_DISABLE'] = '1'
   import torch
-  from audiolm_pytorch import SemanticTransformer, SemanticTransformerWrapper
+  from audiolm_pytorch import audiolm_pytorch, SemanticTransformer, SemanticTransformerWrapper
+  audiolm_pytorch.get_encoded_dim = lambda name: WIDTH  # else it fetches a text encoder, which nothing here uses
   torch.manual_seed(0)
   options = {'flash_attn': True, 'num_residual_streams': 1} if fast else {}
   model = SemanticTransformer(dim=WIDTH, depth=DEPTH, heads=HEADS, num_semantic_tokens=CODES, **options)
