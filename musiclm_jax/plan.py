@@ -30,13 +30,13 @@ from musiclm_jax.training.hlo import Collective, Program, size_of
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton
 
-# Large products reach about this share of a chip's peak: a little under the 55 to 67% that MaxText publishes for whole
-# steps of large models on v5e and v5p (its README), because these matrices are smaller.
+# Large products reach about this share of a chip's peak: a little under the 56 to 67% that MaxText publishes for whole
+# steps of models of 16 to 128 B on a pod of v5e (its configs/v5e), because these matrices are smaller.
 ATTAINABLE = 0.5
 ATTAINABLE_BANDWIDTH = 0.8  # of memory: our assumption
 # libtpu looks for its chips and asks the cloud about them where nobody says that there are none.
 _NO_TPU_HERE = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0',
-                'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+                'TPU_ACCELERATOR_TYPE': 'v5litepod-1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 # How the compiler for TPUs says that a program needs so much of so much memory.
 _OUT_OF_MEMORY = re.compile(r'Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm|'
                             r'temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)')
@@ -296,8 +296,8 @@ def _facts(f: Mapping[str, Any]) -> list[tuple[str, str]]:
   if f['step_seconds']:
     lines += [
         ('step', f'{ms("step")} ms: compute {ms("compute")}, memory {ms("memory")}, messages {ms("collective")}; '
-               f'{ms("hidden")} if all of them could go on at once'),
-      ('share of compute', f'{100 * f["compute_share"]:.0f}%, {100 * f["mfu"]:.0f}% of peak'),
+                 f'{ms("hidden")} if all of them could go on at once'),
+        ('share of compute', f'{100 * f["compute_share"]:.0f}%, {100 * f["mfu"]:.0f}% of peak'),
         ('recipe', f'{f["num_steps"]:,} steps: {f["hours"]:,.0f} hours, {f["chip_hours"]:,.0f} chip-hours')]
   return lines
 
@@ -393,6 +393,7 @@ def _assumptions(topology: chips.Topology, program: Program) -> list[str]:
 def _advice(training: Training, topology: chips.Topology, error: TooLarge) -> ValueError:
   """The message for a batch that is too large, after a search for one that is not."""
   batch, multiple = training.batch_size, training.rows
+
   def compile_batch(size: int) -> float:
     return compile_step(training.run.trace(size), topology).peak
 

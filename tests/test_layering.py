@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / 'musiclm_jax'
 L0 = {'specs', 'axes', 'objective'}
 MODELS = {'codec', 'semantic', 'mulan', 'token_lm', 'diffusion'}
-BELOW = L0 | MODELS | {'nn', 'text', 'training', 'data', 'provenance'}
+BELOW = L0 | MODELS | {'nn', 'text', 'training', 'data', 'provenance', 'chips'}
 TENSORFLOW = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio', 't5', 'clu'}
 NUMERIC = {'jax', 'flax', 'numpy', 'optax'}
 
@@ -31,6 +31,7 @@ LAYERS = {
     'axes': Layer({'jax'}, set()),
     'objective': Layer({'jax', 'flax'}, {'specs', 'axes'}),
     'provenance': Layer(set(), {'__init__'}),
+    'chips': Layer(set(), set()),
     'nn': Layer({'jax', 'flax', 'numpy'}, L0),
     'text': Layer({'numpy', 'sentencepiece'}, {'specs'}),
     **{name: Layer(NUMERIC, L0 | {'nn'}) for name in MODELS},

@@ -234,7 +234,7 @@ def test_how_the_compiler_of_tpus_refuses_is_understood(words, needed, limit):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.soak
 def test_tpus_refuse_a_batch_that_is_too_large_and_take_the_nearest():
   made = on(training(BATCH_SIZE=400_000), data=4)
   words = 'batch 400000 needs .* TPU v5e has 15.75 GiB; the nearest batch that fits is'
