@@ -22,6 +22,7 @@ import numpy as np
 
 from musiclm_jax import specs
 from musiclm_jax.cascade import Cascade
+from musiclm_jax.cascade_networks import CascadeNetworks
 from musiclm_jax.data import composer, records
 from musiclm_jax.data.batches import AudioBatches, TokenBatches
 from musiclm_jax.evaluation import (
@@ -362,12 +363,13 @@ class _Measure:
     seeds, parts = self.amounts.seeds, 2 if self.amounts.seeds % 2 == 0 else 1
     # Long descriptions are cut where the text tower ends, as in training.
     embedding_PxE = self.cascade.function('mulan', 'embed_text')(self.ids(prompts))
-    mulan_Px1xQ = self.cascade.function('mulan', 'text_tokens')(embedding_PxE)
+    networks = CascadeNetworks(self.cascade)
+    mulan_Px1xQ = pipeline.tokens_of_texts(networks, embedding_PxE)
     keys_SxP = jnp.stack([pipeline.prompt_keys(self.seed + s, len(prompts)) for s in range(seeds)])
     drawn = []
     for part_SxP in jnp.split(keys_SxP, parts):
       many_Bx1xQ = jnp.tile(mulan_Px1xQ, (len(part_SxP), 1, 1))
-      made = pipeline.from_mulan_tokens(self.cascade, many_Bx1xQ, settings, part_SxP.reshape(-1))
+      made = pipeline.from_mulan_tokens(networks, many_Bx1xQ, settings, part_SxP.reshape(-1))
       drawn.append(made.audio_BxN.reshape(len(part_SxP), len(prompts), -1))
     return np.concatenate(drawn).swapaxes(0, 1), made.tokens, parts * made.wall_seconds
 

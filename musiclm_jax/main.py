@@ -276,8 +276,8 @@ def generate(args: argparse.Namespace) -> None:
   sampling = {stage: dataclasses.replace(s, temperature=s.temperature * factor, **changes)
               for stage, s in pipeline.PAPER_SAMPLING.items()}
   settings = pipeline.Settings(sampling=sampling, **_given(args, 'seconds'))
-  cascade = _late('cascade', 'Cascade')(args.workdir)
-  made = pipeline.generate(cascade, [args.prompt], settings, **_given(args, 'seed'))
+  networks = _late('cascade_networks', 'CascadeNetworks')(_late('cascade', 'Cascade')(args.workdir))
+  made = pipeline.generate(networks, [args.prompt], settings, **_given(args, 'seed'))
   _late('data.audio_files', 'write_wav')(args.output, made.audio_BxN[0], made.sample_rate)
   seconds = made.audio_BxN.shape[1] / made.sample_rate
   print(f'{args.output}: {seconds:.1f} s of audio in {made.wall_seconds:.1f} s')

@@ -1,44 +1,47 @@
-"""Text to audio: MuLan tokens of the text, semantic, coarse and fine tokens, and the codec's decoder.
+"""From a description to audio: the stages in turn, window by window, and the codec's streaming decoder.
 
-Shapes: B prompts, W windows, F frames, Q levels, N samples.
+There is one way: audio is made in blocks while later ones are still to come, and what is asked for as a whole is the
+blocks one after another. Nothing that grows with the length of the music is kept.
+
+Shapes: B examples, F frames, Q levels, N samples.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
 import time
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from musiclm_jax import specs
-from musiclm_jax.cascade import Cascade
-from musiclm_jax.generate import windows
+from musiclm_jax.generate import chain, windows
+from musiclm_jax.generate.chain import Condition, Drawing, Piece, Sampled
+from musiclm_jax.generate.networks import Networks
 from musiclm_jax.generate.windows import Windows
-from musiclm_jax.specs import Stage
-from musiclm_jax.token_lm.sample import Sampling, sample
-from musiclm_jax.token_lm.sequence import Layout
-from musiclm_jax.training.checkpoint import Loaded
+from musiclm_jax.token_lm.draw import Sampling
 
-MAX_SECONDS = 600.0
+MAX_SECONDS = 6 * 3600.0
 # Temperatures of MusicLM (arXiv 2301.11325, section 4.1).
 PAPER_SAMPLING = {'semantic': Sampling(1.0), 'coarse': Sampling(0.95), 'fine': Sampling(0.4)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Everything that decides a result beside the networks, the prompts and the seed.
+  """Everything that decides a result beside the networks, the description and the seed.
 
   Attributes:
-    seconds: length of the audio.
-    sampling: by stage.
+    seconds: length of the new audio.
+    sampling: by stage; plain sampling for a stage that is not named.
     mulan_levels: how many first levels of the MuLan tokens condition the stages. Tokens of a text agree with those of
       its audio at the first levels only; 0 is unconditional.
-    overlap: share of a window that continues the one before, by stage; windows of the fine stage stand alone
-      and are sampled side by side.
+    overlap: share of a window that continues the one before, by stage, half of it for a stage that is not named;
+      windows of the fine stage stand alone and are sampled side by side.
+    block_seconds: audio is made in blocks of this length; 0: as much as one window of the first stage adds. Smaller
+      ones come earlier, larger ones take less time in all.
   """
 
   seconds: float = 10.0
@@ -46,33 +49,198 @@ class Settings:
   mulan_levels: int = 1
   overlap: Mapping[str, float] = dataclasses.field(
       default_factory=lambda: {'semantic': 0.5, 'coarse': 0.5, 'fine': 0.0})
+  block_seconds: float = 0.0
 
   def __post_init__(self):
     if not 0 < self.seconds <= MAX_SECONDS:
       raise ValueError(f'seconds must lie between 0 and {MAX_SECONDS:.0f}, found {self.seconds}')
+    if not 0 <= self.block_seconds < math.inf:
+      raise ValueError(f'block_seconds must not be negative, found {self.block_seconds}')
+    if self.mulan_levels < 0:
+      raise ValueError(f'mulan_levels must not be negative, found {self.mulan_levels}')
+    if any(not 0 <= share < 1 for share in self.overlap.values()):
+      raise ValueError(f'the overlap of windows must lie between 0 and 1, found {dict(self.overlap)}')
+
+  def sampling_of(self, stage: str) -> Sampling:
+    return self.sampling.get(stage, Sampling())
+
+  def overlap_of(self, stage: str) -> float:
+    return self.overlap.get(stage, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """Tokens that the music begins with.
+
+  Attributes:
+    ticks: how long they are, on the grid of all stages (`Plan.grid`).
+    tokens: int32 [B, F, Q] by feature ("semantic", "acoustic").
+  """
+
+  ticks: int
+  tokens: Mapping[str, np.ndarray]
+
+
+class Block(NamedTuple):
+  """What is made at a time.
+
+  Attributes:
+    audio_BxN: float32 [B, N] in [-1, 1].
+    tokens: of its frames, int32 [B, F, Q] by stage that makes audio ("coarse", "fine").
+  """
+
+  audio_BxN: np.ndarray
+  tokens: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Which stages run, in which windows.
+
+  Attributes:
+    windows: by stage, in the order in which they depend on one another.
+    grid: ticks between times at which all of their streams have a frame boundary.
+    given, total: ticks that are known at the beginning, and ticks in all.
+    block: ticks a block.
+  """
+
+  windows: Mapping[str, Windows]
+  grid: int
+  given: int
+  total: int
+  block: int
+
+
+def plan(networks: Networks, settings: Settings, *, given: int = 0, changes: Sequence[int] = ()) -> Plan:
+  """Planned backwards: each stage covers all that the next one needs. Raises ValueError where a stage is missing."""
+  stages = networks.stages
+  names = chain.order(stages)
+  total = given + windows.ticks(settings.seconds)
+  needed, found = dict.fromkeys(names, total), {}
+  made_by = {stages[name].target.name: name for name in names}
+  for name in reversed(names):
+    stage = stages[name]
+    found[name] = windows.cover(stage, needed[name], overlap=settings.overlap_of(name), given=given,
+                                changes=changes if stage.timeless else ())
+    for spec in stage.conditions:
+      if spec.frame_rate:
+        source = made_by[spec.name]
+        needed[source] = max(needed[source], found[name].total)
+  grid = chain.grid(stages, names)
+  first = found[names[0]]
+  block = windows.ticks(settings.block_seconds) or first.window - first.overlap
+  return Plan({name: found[name] for name in names}, grid, given, total, max(1, block // grid) * grid)
+
+
+def context_ticks(networks: Networks, settings: Settings) -> int:
+  """Ticks of a given clip that new music can take into account: as much as its longest window overlaps."""
+  stages = networks.stages
+  names = chain.order(stages)
+  share = lambda name: windows.cover(stages[name], specs.TICKS_PER_SECOND * 3600,
+                                     overlap=settings.overlap_of(name)).overlap
+  grid = chain.grid(stages, names)
+  return max(share(name) for name in names) // grid * grid
+
+
+def blocks(networks: Networks, condition: Condition, settings: Settings, keys_B: jax.Array, *,
+           given: Given | None = None, lead: int = 0) -> Iterator[Block]:
+  """The music, block by block, after the given tokens; one key an example.
+
+  With `lead`, the first block begins that many ticks earlier, with what the codec makes of the end of what is given.
+  """
+  given = given or Given(0, {})
+  planned = plan(networks, settings, given=given.ticks, changes=condition.changes)
+  runners = _runners(networks, planned, condition, settings, keys_B, given)
+  acoustic = sorted((r for r in runners if r.spec.feature == 'acoustic'), key=lambda r: r.spec.first_level)
+  decoder = _Decoder(networks, acoustic, len(keys_B))
+  before = decoder.audio(0, given.ticks, given.ticks).audio_BxN if given.ticks else None
+  samples_left = specs.frames_in(settings.seconds, networks.sample_rate)
+  for first in range(given.ticks, planned.total, planned.block):
+    last = min(first + planned.block, planned.total)
+    block = decoder.audio(first, last, planned.block if planned.total - given.ticks > planned.block else 0)
+    block = block._replace(audio_BxN=block.audio_BxN[:, :samples_left])
+    samples_left -= block.audio_BxN.shape[1]
+    if before is not None and lead:
+      lead_samples = round(lead * networks.sample_rate / specs.TICKS_PER_SECOND)
+      block = block._replace(audio_BxN=np.concatenate([before[:, -lead_samples:], block.audio_BxN], axis=1))
+    before = None
+    yield block
+
+
+def _runners(networks: Networks, planned: Plan, condition: Condition, settings: Settings, keys_B: jax.Array,
+             given: Given) -> list[Sampled]:
+  found: dict[str, Sampled] = {}
+  if not settings.mulan_levels:
+    condition = Condition()
+  condition = dataclasses.replace(condition, levels=settings.mulan_levels)
+  for number, (name, windows_of_stage) in enumerate(planned.windows.items()):
+    stage = networks.stages[name]
+    shape = (len(keys_B), 0, stage.target.levels)
+    known = given.tokens[stage.target.feature][..., stage.target.level_slice] if given.ticks else np.zeros(shape)
+    sources = [found[spec.name] for spec in stage.conditions if spec.frame_rate]
+    side_by_side = -(-planned.block // max(1, windows_of_stage.window))
+    drawing = Drawing(settings.sampling_of(name), chain.folded(keys_B, jnp.int32(number)), side_by_side)
+    found[stage.target.name] = Sampled(networks, name, windows_of_stage, sources, condition, drawing, known)
+  return list(found.values())
+
+
+class _Decoder:
+  """The codec's decoder behind the stages that make acoustic tokens; its state is carried from block to block."""
+
+  def __init__(self, networks: Networks, runners: Sequence[Sampled], batch: int):
+    self.networks, self.runners = networks, runners
+    self._state = networks.decode_state(batch)
+    self._tick = 0
+    for runner in runners:
+      runner.needs.append(lambda: self._tick)
+
+  def audio(self, first: int, last: int, padded: int) -> Block:
+    """The ticks [first, last), decoded as a block of `padded` ticks so that one program serves all blocks."""
+    spec = self.networks.codec_spec
+    begin, end = (math.ceil(tick * spec.frame_rate / specs.TICKS_PER_SECOND - 1e-6) for tick in (first, last))
+    for runner in reversed(self.runners):
+      runner.advance(math.ceil(end * specs.TICKS_PER_SECOND / spec.frame_rate - 1e-6))
+    tokens = {runner.name: runner.frames.between(begin, end) for runner in self.runners}
+    self._tick = last
+    codes_BxFxQ = np.concatenate(list(tokens.values()), axis=-1)
+    missing = max(0, windows.frame(padded, spec) - codes_BxFxQ.shape[1])
+    codes_BxFxQ = np.pad(codes_BxFxQ, ((0, 0), (0, missing), (0, 0)))
+    audio, self._state = self.networks.decode_step(codes_BxFxQ, self._state)
+    samples = round((end - begin) * self.networks.sample_rate / spec.frame_rate)
+    return Block(np.clip(np.asarray(audio)[:, :samples], -1, 1), tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-  """Audio float32 [B, N] in [-1, 1], the tokens it was decoded from, and how long it took."""
+  """Audio float32 [B, N] in [-1, 1], the tokens that it was decoded from, and how long it took.
+
+  Attributes:
+    tokens: "mulan" int32 [B, 1, Q] where there was a description, and "acoustic" [B, F, Q].
+    wall_seconds, first_seconds: time until the last and until the first block was there.
+  """
 
   audio_BxN: np.ndarray
   sample_rate: int
   tokens: dict[str, np.ndarray]
   wall_seconds: float
+  first_seconds: float
 
 
-def text_tokens(cascade: Cascade, prompts: Sequence[str]) -> jax.Array:
+def text_tokens(networks: Networks, prompts: Sequence[str], name: str = 'prompt') -> np.ndarray:
   """MuLan tokens of texts, int32 [B, 1, Q]. Raises ValueError for a text that `Tokenizer.encode_prompt` refuses."""
-  length = cascade.part('mulan').objective.mulan.text.length
-  ids_BxL = np.stack([cascade.tokenizer.encode_prompt(p, length) for p in prompts])
-  return cascade.function('mulan', 'text_tokens')(cascade.function('mulan', 'embed_text')(ids_BxL))
+  return tokens_of_texts(networks, networks.embed_text(networks.text_ids(prompts, name)))
 
 
-def generate(cascade: Cascade, prompts: Sequence[str], settings: Settings = Settings(), *, seed: int = 0) -> Generated:
+def tokens_of_texts(networks: Networks, text_BxE: jax.Array) -> np.ndarray:
+  """MuLan tokens int32 [B, 1, Q] of the embeddings of texts."""
+  return np.asarray(networks.mulan_tokens(networks.expected_audio(text_BxE)))
+
+
+def generate(networks: Networks, prompts: Sequence[str], settings: Settings = Settings(), *, seed: int = 0
+             ) -> Generated:
   """Music for each prompt. The same seed, prompt and settings give the same audio in any batch of that prompt's
   place."""
-  return from_mulan_tokens(cascade, text_tokens(cascade, prompts), settings, prompt_keys(seed, len(prompts)))
+  return from_mulan_tokens(networks, text_tokens(networks, prompts), settings, prompt_keys(seed, len(prompts)))
 
 
 def prompt_keys(seed: int, count: int) -> jax.Array:
@@ -80,78 +248,20 @@ def prompt_keys(seed: int, count: int) -> jax.Array:
   return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(count))
 
 
-def from_mulan_tokens(cascade: Cascade, mulan_Bx1xQ: jax.Array, settings: Settings, keys_B: jax.Array) -> Generated:
+def from_mulan_tokens(networks: Networks, mulan_Bx1xQ: np.ndarray, settings: Settings, keys_B: jax.Array) -> Generated:
   """The cascade from MuLan tokens on, one key an example."""
-  begun = time.monotonic()
-  plan = plan_windows(cascade, settings)
-  streams: dict[str, jax.Array] = {'mulan': jnp.asarray(mulan_Bx1xQ)}
-  keep = {'mulan': jnp.full((len(mulan_Bx1xQ),), settings.mulan_levels, jnp.int32)}
-  acoustic = []
-  for number, (name, plan_of_stage) in enumerate(plan.items()):
-    loaded = cascade.stage(name)
-    stage_keys = jax.vmap(lambda key, n=number: jax.random.fold_in(key, n))(keys_B)
-    codes = run_stage(loaded, streams, stage_keys, settings.sampling[name], plan_of_stage, keep)
-    spec = loaded.objective.stage.target
-    if spec.feature == 'acoustic':
-      acoustic.append(codes)
-      # Levels so far, cut to what the next stage covers.
-      frames = min(a.shape[1] for a in acoustic)
-      streams['acoustic'] = jnp.concatenate([a[:, :frames] for a in acoustic], axis=-1)
-    else:
-      streams[spec.feature] = codes
-  codec = cascade.part('codec').objective.token_spec
-  frames = math.ceil(settings.seconds * codec.frame_rate - 1e-6)
-  audio_BxN = np.asarray(cascade.function('codec', 'decode')(streams['acoustic'][:, :frames]))
-  sample_rate = round(audio_BxN.shape[1] / frames * codec.frame_rate)
-  audio_BxN = np.clip(audio_BxN[:, :specs.frames_in(settings.seconds, sample_rate)], -1, 1)
-  return Generated(audio_BxN, sample_rate, jax.device_get(streams), time.monotonic() - begun)
+  mulan_Bx1xQ = np.asarray(mulan_Bx1xQ)
+  made = collect(networks, blocks(networks, Condition((Piece(0, mulan_Bx1xQ),)), settings, keys_B))
+  return dataclasses.replace(made, tokens={'mulan': mulan_Bx1xQ, **made.tokens})
 
 
-def plan_windows(cascade: Cascade, settings: Settings) -> dict[str, Windows]:
-  """Windows of each stage, planned backwards: each stage covers all that the next one needs."""
-  needed, plan = windows.ticks(settings.seconds), {}
-  for name in ('fine', 'coarse', 'semantic'):
-    plan[name] = windows.cover(cascade.stage(name).objective.stage, needed, overlap=settings.overlap[name])
-    needed = plan[name].total
-  return dict(reversed(plan.items()))
-
-
-def run_stage(loaded: Loaded, streams: Mapping[str, jax.Array], keys_B: jax.Array, sampling: Sampling, plan: Windows,
-              keep: Mapping[str, jax.Array]) -> jax.Array:
-  """The stage's target over all windows, int32 [B, F, Q]."""
-  stage: Stage = loaded.objective.stage
-  layout = Layout(stage, plan.window / specs.TICKS_PER_SECOND)
-  keep = {name: levels for name, levels in keep.items() if name in {s.name for s in stage.conditions}}
-  if plan.stride >= plan.window:
-    return _side_by_side(loaded.model, layout, streams, keys_B, sampling, plan, keep)
-  target, done = stage.target, None
-  for number, start in enumerate(plan.starts):
-    window_keys = jax.vmap(lambda key, n=number: jax.random.fold_in(key, n))(keys_B)
-    given = _conditions(stage, streams, start, plan.window)
-    first = windows.frame(start, target)
-    prefix = None if done is None else done[:, first:]
-    codes = sample(loaded.model, layout, given, window_keys, sampling, keep=keep, prefix_BxFxQ=prefix)
-    done = codes if done is None else jnp.concatenate([done[:, :first], codes], axis=1)
-  return done
-
-
-def _side_by_side(model: Any, layout: Layout, streams, keys_B, sampling: Sampling, plan: Windows, keep) -> jax.Array:
-  """Independent windows as one batch: as many sequential steps as one window needs."""
-  parts = [_conditions(layout.stage, streams, start, plan.window) for start in plan.starts]
-  given = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-  keys = jnp.concatenate([jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys_B) for n in range(plan.count)])
-  keep = {name: jnp.tile(levels, plan.count) for name, levels in keep.items()}
-  codes = sample(model, layout, given, keys, sampling, keep=keep)
-  return jnp.concatenate(jnp.split(codes, plan.count), axis=1)
-
-
-def _conditions(stage: Stage, streams: Mapping[str, jax.Array], start: int, window: int) -> dict[str, jax.Array]:
-  """The window's part of each condition stream; streams without a frame rate whole."""
-  given = {}
-  for spec in stage.conditions:
-    stream = streams[spec.feature]
-    if spec.frame_rate:
-      first = windows.frame(start, spec)
-      stream = stream[:, first:first + windows.frame(window, spec)]
-    given[spec.feature] = stream
-  return given
+def collect(networks: Networks, made: Iterator[Block]) -> Generated:
+  """All blocks as one."""
+  begun, first, found = time.monotonic(), 0.0, []
+  for block in made:
+    first = first or time.monotonic() - begun
+    found.append(block)
+  levels = [np.concatenate([block.tokens[name] for block in found], axis=1) for name in found[0].tokens]
+  audio_BxN = np.concatenate([block.audio_BxN for block in found], axis=1)
+  return Generated(audio_BxN, networks.sample_rate, {'acoustic': np.concatenate(levels, axis=-1)},
+                   time.monotonic() - begun, first)

@@ -4,8 +4,10 @@ Times are whole ticks (`specs.TICKS_PER_SECOND`), so windows of all streams meet
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import math
+from typing import NamedTuple
 
 from musiclm_jax import specs
 from musiclm_jax.specs import Stage, TokenSpec
@@ -25,37 +27,61 @@ def grid(stage: Stage) -> int:
   return math.lcm(*(round(specs.TICKS_PER_SECOND / s.frame_rate) for s in stage.streams if s.frame_rate))
 
 
+class Window(NamedTuple):
+  """One pass of a stage, in ticks: it lies at [start, start + window), goes on from what is known before `first`, and
+  what it says of [first, last) is kept."""
+
+  start: int
+  first: int
+  last: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """Equal windows, each starting `stride` after the one before; neighbours share `window - stride`.
+  """Windows of one length, in the order in which they are sampled.
 
   Attributes:
-    window, stride: in ticks. count: how many.
+    window: their length in ticks. overlap: how much of the one before a window sees, at most.
   """
 
   window: int
-  stride: int
-  count: int
+  overlap: int
+  windows: tuple[Window, ...]
 
   @property
   def total(self) -> int:
-    return self.window + (self.count - 1) * self.stride
+    """Ticks that the windows reach over: what the conditions of the stage must cover."""
+    return max((w.start + self.window for w in self.windows), default=0)
 
   @property
-  def starts(self) -> tuple[int, ...]:
-    return tuple(i * self.stride for i in range(self.count))
+  def stand_alone(self) -> bool:
+    """Whether no window needs another one, so that they can be sampled side by side."""
+    return all(w.start == w.first for w in self.windows)
 
 
-def cover(stage: Stage, needed: int, *, overlap: float) -> Windows:
+def cover(stage: Stage, needed: int, *, overlap: float, given: int = 0, changes: Sequence[int] = (),
+          limit: int | None = None) -> Windows:
   """The fewest windows of the stage's crop that cover `needed` ticks; one shorter window where that is enough.
 
   Args:
     overlap: share of a window that repeats the end of the one before. MusicLM advances the semantic stage by half of
       its 30 s (arXiv 2301.11325, section 5); AudioLM's fine stage has none (arXiv 2209.03143, section III-C).
+    given: ticks at the beginning that are known and not sampled.
+    changes: ticks, in ascending order, at which a new window begins whatever is left of the one before: there is
+      another text from there on.
+    limit: a tick that no window may cross, because the conditions end there; at least `needed`.
   """
   step = grid(stage)
   window = ticks(stage.seconds) // step * step
   if needed <= window:
-    return Windows(-(-needed // step) * step, window, 1)
-  stride = window - int(window * overlap) // step * step
-  return Windows(window, stride, 1 + -(-(needed - window) // stride))
+    window = -(-needed // step) * step
+  shared = int(window * overlap) // step * step
+  found, first = [], given
+  while first < needed:
+    start = max(0, first - shared)
+    if limit is not None:
+      start = max(0, min(start, limit - window))
+    last = min([start + window, *(change for change in changes if change > first)])
+    found.append(Window(start, first, last))
+    first = last
+  return Windows(window, shared, tuple(found))

@@ -19,8 +19,8 @@ from musiclm_jax.token_lm.sequence import Layout
 class TokenLM(nnx.Module):
   """p(target | conditions), next token by next token.
 
-  Inputs are embedded over the unified vocabulary and the null rows (or the row that starts a sequence); outputs are over the target stream only, and
-  at each position only over the codebook that is legal there.
+  Inputs are embedded over the unified vocabulary and the null rows (or the row that starts a sequence); outputs are
+  over the target stream only, and at each position only over the codebook that is legal there.
   """
 
   def __init__(self, stage: Stage, config: TransformerConfig, *, rngs: nnx.Rngs):

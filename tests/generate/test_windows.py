@@ -17,25 +17,45 @@ def test_windows_cover_what_is_needed_on_frame_boundaries(stage, needed, overlap
   plan = windows.cover(stage, needed, overlap=overlap)
   assert plan.total >= needed
   assert plan.window <= windows.ticks(stage.seconds)
-  if plan.count > 1:
-    assert plan.total - plan.stride < needed, 'one window fewer would do'
+  if len(plan.windows) > 1:
+    assert plan.total - (plan.window - plan.overlap) < needed, 'one window fewer would do'
   for spec in stage.streams:
     if spec.frame_rate:
-      for tick in (*plan.starts, plan.window, plan.total):
+      for tick in (*(t for w in plan.windows for t in w), plan.window, plan.total):
         assert windows.frame(tick, spec) * 600 == tick * spec.frame_rate
 
 
 def test_the_papers_long_generation_advances_by_half_a_window():
   plan = windows.cover(STAGES[3], windows.ticks(60), overlap=0.5)
-  assert [start / 600 for start in plan.starts] == [0, 15, 30]
+  assert [w.start / 600 for w in plan.windows] == [0, 15, 30]
 
 
 def test_windows_without_overlap_stand_alone():
   plan = windows.cover(STAGES[2], windows.ticks(10), overlap=0.0)
-  assert plan.stride == plan.window and plan.count == 21
+  assert plan.stand_alone and len(plan.windows) == 21
 
 
 @pytest.mark.parametrize('needed', [0.1, 0.48])
 def test_a_short_request_is_one_short_window(needed):
   plan = windows.cover(STAGES[2], windows.ticks(needed), overlap=0.0)
-  assert plan.count == 1 and plan.total == windows.ticks(needed)
+  assert len(plan.windows) == 1 and plan.total == windows.ticks(needed)
+
+
+@hypothesis.given(st.sampled_from(STAGES), st.integers(1, 300), st.integers(0, 100), st.lists(st.integers(1, 299)))
+def test_what_is_kept_is_everything_once_and_never_across_a_change(stage, needed, given, changes):
+  grid = windows.grid(stage)
+  given, needed = given * grid, (given + needed) * grid
+  changes = sorted({c * grid for c in changes})
+  plan = windows.cover(stage, needed, overlap=0.5, given=given, changes=changes)
+  edge = given
+  for window in plan.windows:
+    assert window.first == edge and window.start <= window.first < window.last <= window.start + plan.window
+    assert window.start == max(0, window.first - plan.overlap)
+    assert not any(window.first < c < window.last for c in changes)
+    edge = window.last
+  assert edge >= needed and plan.windows[-1].first < needed
+
+
+def test_no_window_crosses_the_limit():
+  plan = windows.cover(STAGES[1], windows.ticks(3), overlap=0.5, limit=windows.ticks(3))
+  assert plan.total == windows.ticks(3) and plan.windows[-1].last == windows.ticks(3)
