@@ -30,7 +30,7 @@ USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 SIZES = ('nano', 'tiny', 'small', 'base', 'paper')
 # Packages of the extra `train`, by import name, for the message where one is missing.
 TRAIN_PACKAGES = ('absl', 'array_record', 'flax', 'gin', 'jinja2', 'matplotlib', 'msgpack', 'optax', 'orbax',
-                  'rich', 'scipy', 'seqio', 'sklearn', 'soxr', 'tensorflow', 'tensorflow_datasets',
+                  'rich', 'scipy', 'seqio', 'sklearn', 'tensorflow', 'tensorflow_datasets',
                   'tokenizers')
 
 
@@ -267,8 +267,19 @@ def reproduce(args: argparse.Namespace) -> None:
     raise ValueError(f'{args.workdir} is not a reproduction of {args.run_dir}: {result.first_difference}')
 
 
-def generate(args: argparse.Namespace) -> None:
+def export(args: argparse.Namespace) -> None:
   _existing(args.workdir, '--workdir')
+  for path in args.records:
+    _existing(path, '--records')
+  run = _late('export.bundle', 'export')
+  options = _given(args, 'licence', 'weights')
+  print(run(args.workdir, args.output, records=args.records, replace=args.replace, **options).text())
+
+
+def generate(args: argparse.Namespace) -> None:
+  if bool(args.workdir) == bool(args.bundle):
+    raise UsageError('give either --workdir (trained runs) or --bundle (what `musiclm export` wrote)')
+  _existing(args.workdir or args.bundle, '--workdir' if args.workdir else '--bundle')
   if not args.output.endswith('.wav'):
     raise UsageError(f'--output {args.output}: name a .wav file')
   pipeline = importlib.import_module('musiclm_jax.generate.pipeline')
@@ -276,7 +287,10 @@ def generate(args: argparse.Namespace) -> None:
   sampling = {stage: dataclasses.replace(s, temperature=s.temperature * factor, **changes)
               for stage, s in pipeline.PAPER_SAMPLING.items()}
   settings = pipeline.Settings(sampling=sampling, **_given(args, 'seconds'))
-  networks = _late('cascade_networks', 'CascadeNetworks')(_late('cascade', 'Cascade')(args.workdir))
+  if args.bundle:
+    networks = musiclm_jax.load(args.bundle)
+  else:
+    networks = _late('cascade_networks', 'CascadeNetworks')(_late('cascade', 'Cascade')(args.workdir))
   made = pipeline.generate(networks, [args.prompt], settings, **_given(args, 'seed'))
   _late('data.audio_files', 'write_wav')(args.output, made.audio_BxN[0], made.sample_rate)
   seconds = made.audio_BxN.shape[1] / made.sample_rate
@@ -479,12 +493,32 @@ example:
   p.add_argument('--allow_import', metavar='MODULE', action='append', default=[], help='as for train; repeatable')
 
 
+def _add_export(verb: Callable[..., _Parser]) -> None:
+  p = verb('export', export, 'one folder with all that generation needs, to use and to give away', '''
+The functions are StableHLO for CPU, CUDA and TPU; to generate from the folder, `pip install musiclm_jax` is enough.
+
+examples:
+  musiclm export --workdir runs --output runs/bundle --licence CC-BY-4.0
+  musiclm export --workdir runs --output small --licence CC-BY-4.0 --weights int8
+''')
+  p.add_argument('--workdir', metavar='DIR', required=True, help='the folder that holds the trained runs')
+  p.add_argument('--output', metavar='DIR', required=True, help='where the bundle goes; there may be nothing yet')
+  p.add_argument('--licence', metavar='NAME', help='of the weights: an SPDX identifier, as CC-BY-4.0')
+  p.add_argument('--weights', metavar='KIND', choices=('float32', 'bfloat16', 'int8'),
+                 help='float32 (the default), bfloat16 or int8')
+  p.add_argument('--records', metavar='DIR', action='append', default=[],
+                 help='what the networks were trained on, for the model card; found in a quickstart; repeatable')
+  p.add_argument('--replace', action='store_true', help='an older bundle in --output makes way')
+
+
 def _add_generate(verb: Callable[..., _Parser]) -> None:
   p = verb('generate', generate, 'text in, music out', '''
 example:
   musiclm generate --workdir runs --prompt "slow piano in a minor key" --seconds 10 --output piano.wav
+  musiclm generate --bundle runs/bundle --prompt "slow piano in a minor key" --output piano.wav
 ''')
-  p.add_argument('--workdir', metavar='DIR', required=True, help='the folder that holds the trained runs')
+  p.add_argument('--workdir', metavar='DIR', help='the folder that holds the trained runs')
+  p.add_argument('--bundle', metavar='DIR', help='or what `musiclm export` wrote')
   p.add_argument('--prompt', metavar='TEXT', required=True)
   p.add_argument('--output', metavar='FILE', required=True, help='a .wav file')
   p.add_argument('--seconds', metavar='S', type=_positive(float), help='length; default: 10')
@@ -547,7 +581,7 @@ start here:
     return p
 
   for add in (_add_prepare, _add_vocabulary, _add_train, _add_extract, _add_data, _add_codec, _add_semantic,
-              _add_mulan, _add_generate, _add_evaluate, _add_reproduce, _add_quickstart):
+              _add_mulan, _add_export, _add_generate, _add_evaluate, _add_reproduce, _add_quickstart):
     add(verb)
   return parser
 
@@ -571,8 +605,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   rest, bindings = _split_bindings(argv)
   args = _parser().parse_args(rest)
   if args.verb is None:
-    raise UsageError('no verb: prepare, vocabulary, train, extract, data, codec, semantic, mulan, generate, evaluate, '
-                     'reproduce, quickstart (see musiclm --help)')
+    raise UsageError('no verb: prepare, vocabulary, train, extract, data, codec, semantic, mulan, export, generate, '
+                     'evaluate, reproduce, quickstart (see musiclm --help)')
   if bindings and args.verb != 'train':
     raise UsageError(f'--gin.{bindings[0][0]} belongs to `musiclm train`')
   args.gin_bindings = bindings

@@ -13,6 +13,20 @@ os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *(
 os.environ.setdefault('MUSICLM_READER', 'direct')  # importing TensorFlow takes seconds; its tests name their reader
 
 
+@pytest.fixture(scope='session')
+def nano_cascade(tmp_path_factory):
+  """A workdir of untrained networks at size nano that belong together."""
+  from tests.trainings import random_cascade
+  return random_cascade(tmp_path_factory.mktemp('cascade'))
+
+
+@pytest.fixture(scope='session')
+def nano_bundle(nano_cascade, tmp_path_factory):
+  """The bundle of `nano_cascade`, which nobody may change."""
+  from musiclm_jax.export import bundle
+  return bundle.export(nano_cascade, tmp_path_factory.mktemp('bundle') / 'nano', licence='CC0-1.0').path
+
+
 def pytest_runtest_setup(item):
   """Tests that would begin after $TESTS_UNTIL (seconds since 1970) are skipped: `.ci/run` has an end on any machine."""
   del item

@@ -9,13 +9,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+TENSORFLOW = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio', 't5', 'clu', 'keras'}
+
 # Runs in a fresh interpreter: this one may have imported TensorFlow for other tests.
-BLOCK = '''
+BLOCK = f'''
 import sys
 
 class Without:
   """A finder that does not find TensorFlow and what needs it, as if they were not installed."""
-  names = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio', 't5', 'clu', 'keras'}
+  names = {TENSORFLOW!r}
 
   def __init__(self, finder):
     self.finder = finder

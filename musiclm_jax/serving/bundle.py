@@ -5,7 +5,7 @@ positions, E dimensions of MuLan's space.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import os
 from typing import Any
@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from musiclm_jax import specs
+from musiclm_jax.generate.chain import Condition, Piece
 from musiclm_jax.generate.networks import Array
+from musiclm_jax.generate.pipeline import blocks, prompt_keys, Settings, text_tokens
 from musiclm_jax.serving import weights
-from musiclm_jax.serving.bundle_format import CARD, Files, function_file, SPECS, VOCABULARY
+from musiclm_jax.serving.bundle_format import CARD, Files, function_file, MANIFEST, SPECS, VOCABULARY
 from musiclm_jax.serving.program import Program
 from musiclm_jax.specs import Stage, TokenSpec
 from musiclm_jax.text.tokenizer import Tokenizer
-from musiclm_jax.token_lm.draw import Numbers
+from musiclm_jax.token_lm.draw import Numbers, Sampling
 
 CODEC, SEMANTIC, MULAN, STAGE = 'codec', 'semantic', 'mulan', '{}_lm'
 FUNCTIONS = {CODEC: {'encode', 'decode', 'decode_step'}, SEMANTIC: {'tokens'},
@@ -57,6 +59,7 @@ class Bundle:
   Attributes: those of `generate.networks.Networks`, and
     manifest: licence, lineage, date and checksums.
     card: the model card.
+    sampling: of each stage, where nothing else is asked for.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -66,6 +69,7 @@ class Bundle:
     with files.errors():
       self.card = files.read(CARD).decode()
       self.tokenizer = Tokenizer(bytes(files.read(VOCABULARY)))
+      self.sampling = _read_sampling(files.manifest.defaults)
       found = _read_specs(files.read(SPECS))
       self._read_networks(files, found)
     self._text_length = found.text_length
@@ -87,6 +91,33 @@ class Bundle:
       arrays = weights.read(files, network, taken)
       self._weights[network] = {name: jnp.asarray(arrays.pop(name)) for name in list(arrays)}
       self._programs |= {f'{network}.{name}': program for name, program in programs.items()}
+
+  def generate(self, prompt: str | Sequence[str], *, seconds: float = 10.0, seed: int = 0, temperature: float = 1.0,
+               guidance: float | None = None) -> np.ndarray:
+    """Music for a text, float32 [N] in [-1, 1] at `sample_rate`; for several texts [B, N].
+
+    What `musiclm generate` makes of the same text and seed. For everything else (clips as prompts, continuations,
+    stories, ...) the functions of `musiclm_jax.generate` take a bundle as their networks.
+
+    Args:
+      temperature: multiplies that of each stage. guidance: how strongly the text is followed; 1 is plain sampling.
+
+    Raises ValueError for a text that means nothing to MuLan, or impossible numbers.
+    """
+    blocks_of_it = self.stream(prompt, seconds=seconds, seed=seed, temperature=temperature, guidance=guidance)
+    return np.concatenate(list(blocks_of_it), axis=0 if isinstance(prompt, str) else 1)
+
+  def stream(self, prompt: str | Sequence[str], *, seconds: float = 10.0, seed: int = 0, temperature: float = 1.0,
+             guidance: float | None = None, block_seconds: float = 0.0) -> Iterator[np.ndarray]:
+    """What `generate` returns, in blocks of `block_seconds` while later ones are still to come."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    changes = {} if guidance is None else {'guidance': guidance}
+    sampling = {name: dataclasses.replace(s, temperature=s.temperature * temperature, **changes)
+                for name, s in self.sampling.items()}
+    settings = Settings(seconds, sampling, block_seconds=block_seconds)
+    described = Condition((Piece(0, text_tokens(self, prompts)),))
+    for block in blocks(self, described, settings, prompt_keys(seed, len(prompts))):
+      yield block.audio_BxN[0] if isinstance(prompt, str) else block.audio_BxN
 
   @property
   def lineage(self) -> dict[str, str]:
@@ -137,6 +168,13 @@ class Bundle:
 
   def decode_step(self, codes_BxFxQ: Array, state: Any) -> tuple[Array, Any]:
     return self._call(CODEC, 'decode_step', codes_BxFxQ, state)
+
+
+def _read_sampling(defaults: Mapping[str, Mapping[str, float]]) -> dict[str, Sampling]:
+  try:
+    return {name: Sampling(**numbers) for name, numbers in defaults.items()}
+  except TypeError as error:
+    raise ValueError(f'{MANIFEST} has defaults that this version does not know: {error}') from error
 
 
 def _read_specs(content: bytearray) -> BundleSpecs:
