@@ -280,21 +280,69 @@ def generate(args: argparse.Namespace) -> None:
   if bool(args.workdir) == bool(args.bundle):
     raise UsageError('give either --workdir (trained runs) or --bundle (what `musiclm export` wrote)')
   _existing(args.workdir or args.bundle, '--workdir' if args.workdir else '--bundle')
-  if not args.output.endswith('.wav'):
-    raise UsageError(f'--output {args.output}: name a .wav file')
-  pipeline = importlib.import_module('musiclm_jax.generate.pipeline')
-  factor, changes = args.temperature or 1.0, _given(args, 'guidance')
-  sampling = {stage: dataclasses.replace(s, temperature=s.temperature * factor, **changes)
-              for stage, s in pipeline.PAPER_SAMPLING.items()}
-  settings = pipeline.Settings(sampling=sampling, **_given(args, 'seconds'))
+  request = _request(args)
+  files, modes, pipeline = (importlib.import_module(f'musiclm_jax.generate.{m}') for m in ('files', 'modes', 'pipeline'))
+  seed = modes.check_seed(args.seed or 0)
+  files.check(args.output)
   if args.bundle:
     networks = musiclm_jax.load(args.bundle)
+    usual = networks.sampling
   else:
     networks = _late('cascade_networks', 'CascadeNetworks')(_late('cascade', 'Cascade')(args.workdir))
-  made = pipeline.generate(networks, [args.prompt], settings, **_given(args, 'seed'))
-  _late('data.audio_files', 'write_wav')(args.output, made.audio_BxN[0], made.sample_rate)
-  seconds = made.audio_BxN.shape[1] / made.sample_rate
-  print(f'{args.output}: {seconds:.1f} s of audio in {made.wall_seconds:.1f} s')
+    usual = pipeline.PAPER_SAMPLING
+  factor, changes = args.temperature or 1.0, _given(args, 'guidance')
+  sampling = {stage: dataclasses.replace(s, temperature=s.temperature * factor, **changes)
+              for stage, s in usual.items()}
+  settings = pipeline.Settings(sampling=sampling, **_given(args, 'seconds', 'mulan_levels', 'block_seconds'))
+  blocks = modes.music(networks, request, settings, seed=seed)
+  about = None if args.no_sidecar else modes.about(networks, request, settings, seed)
+  print(files.write(args.output, blocks, networks.sample_rate, about=about).text())
+
+
+def _request(args: argparse.Namespace) -> Any:
+  """What the flags ask for. Raises UsageError where they do not go together."""
+  texts, styles = args.prompt or [], args.style_audio or []
+  ways = {'--prompt or --style_audio': bool(texts or styles), '--story': bool(args.story),
+          '--unconditional': args.unconditional}
+  chosen = [name for name, given in ways.items() if given]
+  of_a_clip = args.continue_audio or args.infill_audio
+  if len(chosen) > 1 or not (chosen or of_a_clip):
+    raise UsageError(f'give one of {", ".join(ways)}' + (f'; found {" and ".join(chosen)}' if chosen else ''))
+  for flag, needs in (('crossfade', 'story'), ('continue_at', 'continue_audio'), ('drop_clip', 'continue_audio'),
+                      ('gap', 'infill_audio'), ('infill_audio', 'gap')):
+    if getattr(args, flag) and not getattr(args, needs):
+      raise UsageError(f'--{flag} needs --{needs}')
+  for flag in ('continue_audio', 'story', 'seconds'):
+    if args.infill_audio and getattr(args, flag):
+      raise UsageError(f'--{flag} does not go with --infill_audio, which fills the gap and no more')
+  if args.negative_prompt is not None and args.guidance in (None, 1.0):
+    raise UsageError('--negative_prompt needs --guidance G with G above 1: guidance is what leads away from it')
+  weights = [1.0] * len(texts + styles) if args.weights is None else args.weights
+  if len(weights) != len(texts + styles):
+    raise UsageError(f'--weights: give one for each --prompt, then one for each --style_audio: {len(texts + styles)}, '
+                     f'found {len(weights)}')
+  for text in texts if args.negative_prompt is None else [*texts, args.negative_prompt]:
+    if not text.strip():
+      raise UsageError('a prompt is empty; describe the music in words')
+  prompts, stories, modes, infill = (
+      importlib.import_module(f'musiclm_jax.generate.{m}') for m in ('prompts', 'story', 'modes', 'infill'))
+  try:
+    items = [prompts.Prompt(text=t, weight=w) for t, w in zip(texts, weights)]
+    items += [prompts.Prompt(audio=s, weight=w) for s, w in zip(styles, weights[len(texts):])]
+    story = stories.read(args.story, **_given(args, 'crossfade')) if args.story else None
+    continuation = gap = None
+    if args.continue_audio:
+      at = None if args.continue_at is None else stories.parse_time(args.continue_at)
+      continuation = modes.Continuation(args.continue_audio, at, keep=not args.drop_clip)
+    if args.infill_audio:
+      begin, dash, end = args.gap.partition('-')
+      if not dash:
+        raise ValueError(f'{args.gap!r} is no gap; write its ends as 0:04-0:07')
+      gap = infill.Gap(args.infill_audio, stories.parse_time(begin), stories.parse_time(end))
+    best_of = args.best_of or (infill.CANDIDATES if gap else 1)
+    return modes.Request(tuple(items), story, args.negative_prompt or '', continuation, gap, best_of)
+  except ValueError as error:
+    raise UsageError(str(error)) from None
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -513,20 +561,47 @@ examples:
 
 def _add_generate(verb: Callable[..., _Parser]) -> None:
   p = verb('generate', generate, 'text in, music out', '''
-example:
+examples:
   musiclm generate --workdir runs --prompt "slow piano in a minor key" --seconds 10 --output piano.wav
   musiclm generate --bundle runs/bundle --prompt "slow piano in a minor key" --output piano.wav
+  musiclm generate --workdir runs --prompt "a flute" --style_audio mine.wav --weights 1 2 --output both.wav
+  musiclm generate --workdir runs --story "0:00 calm piano, 0:15 add drums" --seconds 30 --output story.flac
+  musiclm generate --workdir runs --continue_audio mine.wav --prompt "with drums" --seconds 20 --output longer.wav
+  musiclm generate --workdir runs --infill_audio mine.wav --gap 0:04-0:07 --output mended.wav
 ''')
   p.add_argument('--workdir', metavar='DIR', help='the folder that holds the trained runs')
   p.add_argument('--bundle', metavar='DIR', help='or what `musiclm export` wrote')
-  p.add_argument('--prompt', metavar='TEXT', required=True)
-  p.add_argument('--output', metavar='FILE', required=True, help='a .wav file')
-  p.add_argument('--seconds', metavar='S', type=_positive(float), help='length; default: 10')
+  p.add_argument('--output', metavar='FILE', required=True,
+                 help='a .wav, .flac or .ogg file; where it comes from goes beside it, into a .json')
+  p.add_argument('--prompt', metavar='TEXT', action='append', help='what the music is to be; repeatable: a mixture')
+  p.add_argument('--style_audio', metavar='FILE', action='append',
+                 help='a clip that the music is to be like; repeatable, and beside --prompt')
+  p.add_argument('--weights', metavar='W', type=float, nargs='+',
+                 help='of the mixture: one for each --prompt, then one for each --style_audio; default: all equal')
+  p.add_argument('--story', metavar='TEXT', help='texts in turn, "0:00 calm piano, 0:15 add drums", or a .txt of them')
+  p.add_argument('--crossfade', metavar='S', type=_positive(float),
+                 help='with --story: seconds over which one text becomes the next; default: at once')
+  p.add_argument('--unconditional', action='store_true', help='no description at all')
+  p.add_argument('--negative_prompt', metavar='TEXT', help='with --guidance: what to lead away from')
+  p.add_argument('--continue_audio', metavar='FILE', help='a clip to go on from; it stands in front of the result')
+  p.add_argument('--continue_at', metavar='TIME', help='with --continue_audio: from there on, as 0:12; default: its end')
+  p.add_argument('--drop_clip', action='store_true', help='with --continue_audio: write only what is new')
+  p.add_argument('--infill_audio', metavar='FILE', help='a clip of which a part is made anew')
+  p.add_argument('--gap', metavar='FROM-TO', help='with --infill_audio: that part, as 0:04-0:07')
+  p.add_argument('--best_of', metavar='N', type=_positive(int),
+                 help='make N, keep the one that MuLan finds closest to the prompt; default: 1. Of a gap: the one that '
+                      'joins best; default: 4')
+  p.add_argument('--seconds', metavar='S', type=_positive(float), help='length of what is new; default: 10')
   p.add_argument('--seed', metavar='N', type=int, help='another one, another piece; default: 0')
   p.add_argument('--temperature', metavar='X', type=_positive(float),
                  help='multiplies that of each stage; default: 1, lower is tamer')
   p.add_argument('--guidance', metavar='G', type=float,
                  help='how strongly the text is followed; default: 1, plain sampling')
+  p.add_argument('--mulan_levels', metavar='N', type=int,
+                 help='how many levels of the description are heard; default: 1')
+  p.add_argument('--block_seconds', metavar='S', type=_positive(float),
+                 help='audio is made in blocks of this length; shorter: the first comes sooner, the last later')
+  p.add_argument('--no_sidecar', action='store_true', help='no .json beside the audio')
 
 
 def _add_evaluate(verb: Callable[..., _Parser]) -> None:

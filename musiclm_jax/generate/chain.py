@@ -22,7 +22,7 @@ from musiclm_jax.token_lm.sequence import built, Layout
 
 
 class Piece(NamedTuple):
-  """MuLan tokens that hold from a tick on, until the next piece."""
+  """MuLan tokens that hold from a tick on, until the next piece; those of one example hold for all."""
 
   tick: int
   tokens_Bx1xQ: np.ndarray
@@ -157,35 +157,40 @@ class Sampled:
 
   def _codes(self, group: Sequence[Window], keys_N: jax.Array) -> np.ndarray:
     """The target over the whole of each window, int32 [G, B, F, Q]."""
-    prefix_NxFxQ = np.concatenate([self._between(self.frames, self.spec, w.start, w.first) for w in group])
+    batch = len(self.drawing.keys_B)
+    prefix_NxFxQ = np.concatenate([between(self.frames, self.spec, w.start, w.first) for w in group])
     timed = {s.spec.feature: np.concatenate(
-        [self._between(s.frames, s.spec, w.start, w.start + self.plan.window) for w in group]) for s in self.sources}
-    shown, levels = self._described([self.condition.at(w.first) for w in group], len(self.drawing.keys_B))
+        [between(s.frames, s.spec, w.start, w.start + self.plan.window) for w in group]) for s in self.sources}
+    shown, levels = described(self.stage, self.condition, [self.condition.at(w.first) for w in group], batch)
     rows = built(self.layout, {**timed, **shown}, prefix_NxFxQ, levels)
     null, sampling = None, self.drawing.sampling
     if shown and sampling.guidance != 1.0:
-      away, levels = self._described([self.condition.negative_Bx1xQ] * len(group), len(self.drawing.keys_B))
+      negative = [self.condition.negative_Bx1xQ] * len(group)
+      away, levels = described(self.stage, self.condition, negative, batch)
       null = built(self.layout, {**timed, **away}, prefix_NxFxQ, levels)
     codes_NxM = np.asarray(self.networks.sample_rows(
         self.name, rows, null, self.layout.positions_2xL, self.layout.condition_length, keys_N, sampling.numbers))
     codes_NxFxQ = np.concatenate([prefix_NxFxQ, codes_NxM.reshape(len(keys_N), -1, self.spec.levels)], axis=1)
     return codes_NxFxQ.reshape(len(group), -1, *codes_NxFxQ.shape[1:])
 
-  def _described(self, tokens: Sequence[np.ndarray | None], batch: int
-                 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The stage's conditions without a frame rate, and how many levels of them are shown."""
-    shown, levels = {}, {}
-    for spec in self.stage.conditions:
-      if not spec.frame_rate:
-        nothing = np.zeros((batch, 1, spec.levels), np.int32)
-        shown[spec.feature] = np.concatenate([nothing if t is None else np.asarray(t) for t in tokens])
-        levels[spec.name] = np.repeat([0 if t is None else self.condition.levels for t in tokens], batch)
-    return shown, {name: x.astype(np.int32) for name, x in levels.items()}
 
-  @staticmethod
-  def _between(frames: Frames, spec: TokenSpec, first: int, last: int) -> np.ndarray:
-    begin = windows.frame(first, spec)
-    return frames.between(begin, begin + windows.frame(last - first, spec))
+def described(stage: Stage, condition: Condition, tokens: Sequence[np.ndarray | None], batch: int
+              ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """A stage's conditions without a frame rate for windows of `batch` examples each, and how many levels are shown."""
+  shown, levels = {}, {}
+  for spec in stage.conditions:
+    if not spec.frame_rate:
+      nothing = np.zeros((batch, 1, spec.levels), np.int32)
+      shown[spec.feature] = np.concatenate(
+          [nothing if t is None else np.broadcast_to(t, nothing.shape) for t in tokens]).astype(np.int32)
+      levels[spec.name] = np.repeat([0 if t is None else condition.levels for t in tokens], batch).astype(np.int32)
+  return shown, levels
+
+
+def between(frames: Frames, spec: TokenSpec, first: int, last: int) -> np.ndarray:
+  """The frames of the ticks [first, last)."""
+  begin = windows.frame(first, spec)
+  return frames.between(begin, begin + windows.frame(last - first, spec))
 
 
 @jax.jit

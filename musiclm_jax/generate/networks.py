@@ -60,7 +60,8 @@ class Networks(Protocol):
     """Codes int32 [B, 1, Q] of the embeddings of clips."""
 
   def semantic_tokens(self, audio_BxN: Array, length_B: Array) -> Array:
-    """Semantic tokens int32 [B, F, 1] of mono audio at `semantic_rate`; those behind `length_B` samples mean nothing."""
+    """Semantic tokens int32 [B, F, 1] of mono audio at `semantic_rate`; those behind `length_B` samples mean
+    nothing."""
 
   def acoustic_tokens(self, audio_BxN: Array) -> Array:
     """Acoustic tokens int32 [B, F, Q] of whole frames of audio at `sample_rate`, which begins in silence."""

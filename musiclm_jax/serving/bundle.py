@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from musiclm_jax import specs
-from musiclm_jax.generate.chain import Condition, Piece
+from musiclm_jax.generate.modes import music, Request
 from musiclm_jax.generate.networks import Array
-from musiclm_jax.generate.pipeline import blocks, prompt_keys, Settings, text_tokens
+from musiclm_jax.generate.pipeline import Settings
+from musiclm_jax.generate.prompts import Prompt
 from musiclm_jax.serving import weights
 from musiclm_jax.serving.bundle_format import CARD, Files, function_file, MANIFEST, SPECS, VOCABULARY
 from musiclm_jax.serving.program import Program
@@ -92,32 +93,29 @@ class Bundle:
       self._weights[network] = {name: jnp.asarray(arrays.pop(name)) for name in list(arrays)}
       self._programs |= {f'{network}.{name}': program for name, program in programs.items()}
 
-  def generate(self, prompt: str | Sequence[str], *, seconds: float = 10.0, seed: int = 0, temperature: float = 1.0,
-               guidance: float | None = None) -> np.ndarray:
-    """Music for a text, float32 [N] in [-1, 1] at `sample_rate`; for several texts [B, N].
-
-    What `musiclm generate` makes of the same text and seed. For everything else (clips as prompts, continuations,
-    stories, ...) the functions of `musiclm_jax.generate` take a bundle as their networks.
+  def generate(self, prompt: str | Request = Request(), *, seconds: float = 10.0, seed: int = 0,
+               temperature: float = 1.0, guidance: float | None = None, **more: Any) -> np.ndarray:
+    """Music, float32 [N] in [-1, 1] at `sample_rate`: what `musiclm generate` makes of the same prompt and seed.
 
     Args:
-      temperature: multiplies that of each stage. guidance: how strongly the text is followed; 1 is plain sampling.
+      prompt: a text, or any other `musiclm_jax.generate.modes.Request` (clips, mixtures, stories, continuations, gaps).
+      seconds: of what is new. temperature: multiplies that of each stage. guidance: how strongly the prompt is
+        followed; 1 is plain sampling.
+      more: other fields of `musiclm_jax.generate.pipeline.Settings`.
 
-    Raises ValueError for a text that means nothing to MuLan, or impossible numbers.
+    Raises ValueError for what cannot be done.
     """
-    blocks_of_it = self.stream(prompt, seconds=seconds, seed=seed, temperature=temperature, guidance=guidance)
-    return np.concatenate(list(blocks_of_it), axis=0 if isinstance(prompt, str) else 1)
+    return np.concatenate(list(self.stream(prompt, seconds=seconds, seed=seed, temperature=temperature,
+                                           guidance=guidance, **more)))
 
-  def stream(self, prompt: str | Sequence[str], *, seconds: float = 10.0, seed: int = 0, temperature: float = 1.0,
-             guidance: float | None = None, block_seconds: float = 0.0) -> Iterator[np.ndarray]:
-    """What `generate` returns, in blocks of `block_seconds` while later ones are still to come."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+  def stream(self, prompt: str | Request = Request(), *, seconds: float = 10.0, seed: int = 0, temperature: float = 1.0,
+             guidance: float | None = None, **more: Any) -> Iterator[np.ndarray]:
+    """What `generate` returns, in blocks while later ones are still to come; `block_seconds` says how long they are."""
     changes = {} if guidance is None else {'guidance': guidance}
     sampling = {name: dataclasses.replace(s, temperature=s.temperature * temperature, **changes)
                 for name, s in self.sampling.items()}
-    settings = Settings(seconds, sampling, block_seconds=block_seconds)
-    described = Condition((Piece(0, text_tokens(self, prompts)),))
-    for block in blocks(self, described, settings, prompt_keys(seed, len(prompts))):
-      yield block.audio_BxN[0] if isinstance(prompt, str) else block.audio_BxN
+    request = prompt if isinstance(prompt, Request) else Request((Prompt(text=prompt),))
+    return music(self, request, Settings(seconds, sampling, **more), seed=seed)
 
   @property
   def lineage(self) -> dict[str, str]:

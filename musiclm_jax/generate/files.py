@@ -1,0 +1,109 @@
+"""Music to a file as it is made, and beside it where it comes from.
+
+N samples.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+import soundfile
+
+FORMATS = {'.wav': ('WAV', 'PCM_16'), '.flac': ('FLAC', 'PCM_16'), '.ogg': ('OGG', 'VORBIS')}
+# Called with the finished audio file and what will be in its sidecar; returns that, changed or not.
+After = Callable[[pathlib.Path, dict[str, Any]], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """What was written.
+
+  Attributes:
+    sidecar: the JSON file beside the audio; None where there is none.
+    seconds: of audio. wall_seconds, first_seconds: time until all of it, and until the first block, was there.
+  """
+
+  path: pathlib.Path
+  sidecar: pathlib.Path | None
+  seconds: float
+  wall_seconds: float
+  first_seconds: float
+
+  def text(self) -> str:
+    """A line for the user."""
+    beside = f', {self.sidecar}' if self.sidecar else ''
+    return (f'{self.path}{beside}: {self.seconds:.1f} s of audio in {self.wall_seconds:.1f} s, the first of it after '
+            f'{self.first_seconds:.1f} s')
+
+
+def sidecar_of(path: str | os.PathLike) -> pathlib.Path:
+  return pathlib.Path(path).with_suffix('.json')
+
+
+def check(path: str | os.PathLike) -> pathlib.Path:
+  """Raises ValueError for a format that cannot be written, FileNotFoundError for a folder that is not there."""
+  path = pathlib.Path(path)
+  if path.suffix.lower() not in FORMATS:
+    raise ValueError(f'{path}: the name must end with one of {", ".join(FORMATS)}')
+  if not path.parent.is_dir():
+    raise FileNotFoundError(f'{path}: there is no folder {str(path.parent)!r}')
+  if path.is_dir():
+    raise ValueError(f'{path} is a folder')
+  return path
+
+
+def write(path: str | os.PathLike, blocks: Iterator[np.ndarray], sample_rate: int, *,
+          about: Mapping[str, Any] | None = None, after: After | None = None) -> Written:
+  """Writes blocks [N] of audio in [-1, 1] as they come; the file takes its name once all of it is there.
+
+  Args:
+    about: what the sidecar says (`modes.about`); it gains the length and the SHA-256 of the audio. None: no sidecar.
+    after: for signing or watermarking. It may change the audio file, whose SHA-256 is taken again, and add to what the
+      sidecar says.
+  """
+  path, begun, first, samples = check(path), time.monotonic(), 0.0, 0
+  kind, subtype = FORMATS[path.suffix.lower()]
+  with _replacing(path) as partial:
+    with soundfile.SoundFile(os.fsencode(partial), 'w', sample_rate, 1, subtype, format=kind) as file:
+      for block_N in blocks:
+        if not np.isfinite(block_N).all():
+          raise ValueError('the networks made samples that are no numbers; they may not be trained')
+        first = first or time.monotonic() - begun
+        file.write(np.clip(block_N, -1, 1))
+        samples += len(block_N)
+    wall = time.monotonic() - begun
+    told = None if about is None else {**about, 'seconds': samples / sample_rate, 'sample_rate': sample_rate,
+                                       'audio': path.name, 'audio_sha256': _sha256(partial)}
+    if after is not None:
+      changed = after(partial, dict(told or {}))
+      told = None if told is None else {**changed, 'audio_sha256': _sha256(partial)}
+  sidecar = None
+  if told is not None:
+    sidecar = sidecar_of(path)
+    with _replacing(sidecar) as partial:
+      partial.write_text(json.dumps(told, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+  return Written(path, sidecar, samples / sample_rate, wall, first)
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A name beside `path` that takes its place at the end, and is gone where something fails."""
+  partial = path.with_name(f'.{path.stem}.partial{path.suffix}')
+  try:
+    yield partial
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
