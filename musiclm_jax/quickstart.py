@@ -1,4 +1,4 @@
-"""Everything once, small: music, networks, tokens, stages, samples, a report.
+"""Everything once, small: music, networks, tokens, stages, samples, a report, a bundle to generate from.
 
 Each step is one `musiclm` command in a process of its own, so what the quickstart does can be repeated by hand. Steps
 that do not need one another run side by side, each on its share of the processors. A step that is done leaves a
@@ -24,6 +24,7 @@ from typing import Any
 
 from musiclm_jax.evaluate import BASELINES, MORE_PAIRS, PAIRS, RECORDS, TOKENS
 
+BUNDLE = 'bundle'
 _GRACE_SECONDS = 120.0  # for steps to save what they have, when the quickstart is stopped
 _REPORT_SECONDS = 10.0  # a step shows its progress at most this often
 # XLA on CPU takes and gives back large buffers in every step. With huge pages, and without returning them to the
@@ -96,6 +97,10 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
       train('semantic_lm', 'semantic_lm', ('extract',), TOKENS=path(TOKENS)),
       Step('report', ('evaluate', '--workdir', str(root), '--output', str(root), '--seed', str(seed)),
            ('semantic_lm', 'coarse_lm', 'fine_lm', 'untrained_semantic_tokens'), all_processors=True),
+      # What weights learned from somebody's music may be used for is not for us to say. After the report, whose figures
+      # are in the model card.
+      Step('export', ('export', '--workdir', str(root), '--output', path(BUNDLE), '--licence',
+                      'CC0-1.0' if audio_dir is None else 'unknown', '--replace'), ('report',), all_processors=True),
   ]
 
 
@@ -111,8 +116,9 @@ def run(workdir: str, *, audio_dir: str | None = None, captions: str | None = No
   _Scheduler(root, steps, seed).run()
   report = json.loads((root / 'report.json').read_text())
   print(f'\n{report["bars_passed"]} of {report["bars_total"]} bars reached, in {time.monotonic() - begun:.0f} s')
-  print(f'report:  {root / "report.html"}\nsamples: {root / "samples"}\nmore:    musiclm generate --workdir {root} '
-        '--prompt "slow strings in a minor key, no drums" --seconds 10 --output out.wav')
+  print(f'report:  {root / "report.html"}\nsamples: {root / "samples"}\nbundle:  {root / BUNDLE} (all that generation '
+        f'needs)\nmore:    musiclm generate --bundle {root / BUNDLE} --prompt "slow strings in a minor key, no drums" '
+        '--seconds 10 --output out.wav')
 
 
 class _Scheduler:

@@ -1,6 +1,7 @@
 """The whole chain at size nano, as a newcomer runs it."""
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,22 @@ def test_text_to_wav_by_command(finished, environment, tmp_path):
   import soundfile
   audio, rate = soundfile.read(tmp_path / 'a.wav')
   assert rate == 24000 and len(audio) == 60000 and np.isfinite(audio).all()
+
+
+@pytest.mark.slow
+def test_the_bundle_makes_the_same_file_as_the_workdir(finished, environment, tmp_path):
+  shutil.copytree(finished / 'bundle', tmp_path / 'elsewhere')
+  for flag, place in (('--workdir', finished), ('--bundle', tmp_path / 'elsewhere')):
+    done = subprocess.run(
+        [sys.executable, '-m', 'musiclm_jax.main', 'generate', flag, str(place), '--prompt', 'slow piano', '--seconds',
+         '2.5', '--seed', '7', '--output', str(tmp_path / f'{flag}.wav')],
+        env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+  import soundfile
+  (a, rate), (b, _) = (soundfile.read(tmp_path / f'{flag}.wav', dtype='int16') for flag in ('--workdir', '--bundle'))
+  assert rate == 24000 and np.abs(a.astype(int) - b).max() <= 1 and np.abs(a.astype(int)).max() > 10
+  card = (finished / 'bundle' / 'MODEL_CARD.md').read_text()
+  assert 'license: cc0-1.0' in card and 'bars of the report were reached' in card
 
 
 @pytest.mark.slow

@@ -7,9 +7,14 @@ import sys
 
 import jax
 import numpy as np
+import soundfile
 
-from musiclm_jax.generate import pipeline
+from musiclm_jax.generate import modes
+from musiclm_jax.generate.infill import Gap
+from musiclm_jax.generate.modes import Continuation, Request
 from musiclm_jax.generate.pipeline import Settings
+from musiclm_jax.generate.prompts import Prompt
+from musiclm_jax.generate.story import Story
 from musiclm_jax.token_lm.draw import Sampling
 from musiclm_jax.token_lm.sequence import Layout
 
@@ -49,16 +54,54 @@ def of_stage(networks, name: str, layout: Layout) -> dict[str, np.ndarray]:
           'nats': networks.row_nats(name, rows, layout.positions_2xL, layout.condition_length)}
 
 
-def music(networks) -> dict[str, np.ndarray]:
-  """Tokens and audio of whole pipelines with fixed seeds."""
+class Recorder:
+  """Networks that keep every token they draw."""
+
+  def __init__(self, networks):
+    self._networks, self.drawn = networks, []
+
+  def __getattr__(self, name):
+    return getattr(self._networks, name)
+
+  def sample_rows(self, *arguments):
+    codes = self._networks.sample_rows(*arguments)
+    self.drawn.append(np.asarray(codes).ravel())
+    return codes
+
+
+def requests(clip: str) -> dict[str, tuple[Request, dict]]:
+  """One of each mode, with the settings that differ from the usual ones."""
+  piano, flute = Prompt(text='slow piano'), Prompt(text='a flute')
+  style = Prompt(audio=clip, weight=0.5)
+  guided = {'sampling': {stage: Sampling(1.0, guidance=3.0) for stage in ('semantic', 'coarse')}}
+  return {
+      'text': (Request((piano,)), {}),
+      'guided': (Request((piano,), negative='fast drums'), {**guided, 'mulan_levels': 3}),
+      'style': (Request((style,)), {}),
+      'mixture': (Request((piano, flute, style)), {}),
+      'story': (Request(story=Story(((0.0, 'slow piano'), (0.6, 'a flute')))), {}),
+      'continuation': (Request((flute,), continuation=Continuation(clip)), {}),
+      'gap': (Request((piano,), gap=Gap(clip, 0.6, 1.0), best_of=2), {}),
+      'unconditional': (Request(), {}),
+      'best of two': (Request((piano,), best_of=2), {}),
+  }
+
+
+def music(networks, clip: str) -> dict[str, np.ndarray]:
+  """Tokens and audio of every mode with fixed seeds."""
   found = {}
-  for name, settings in (('text', Settings(1.3)),
-                         ('guided', Settings(0.7, {stage: Sampling(1.0, guidance=3.0) for stage in networks.stages},
-                                             mulan_levels=3))):
-    made = pipeline.generate(networks, ['slow piano', 'fast drums'], settings, seed=7)
-    found |= {f'{name} {feature}': tokens for feature, tokens in made.tokens.items()}
-    found[f'{name} audio'] = made.audio_BxN
+  for name, (request, changes) in requests(clip).items():
+    recorder = Recorder(networks)
+    found[f'{name} audio'] = np.concatenate(list(modes.music(recorder, request, Settings(1.2, **changes), seed=7)))
+    found[f'{name} tokens'] = np.concatenate(recorder.drawn)
   return found
+
+
+def write_clip(path: str) -> str:
+  """Two seconds of noise that swells."""
+  swelling = np.linspace(0.01, 0.3, 48000) * np.random.default_rng(5).normal(size=48000)
+  soundfile.write(path, swelling.astype(np.float32), 24000)
+  return path
 
 
 def main(bundle: str, output: str, what: str) -> None:
@@ -67,14 +110,15 @@ def main(bundle: str, output: str, what: str) -> None:
   if what == 'answers':
     np.savez(output, **answers(loaded, ['coarse']))
   else:
-    np.savez(output, **answers(loaded, ['semantic', 'fine']), **music(loaded), **from_python(loaded))
+    found = answers(loaded, ['semantic', 'fine']) | music(loaded, write_clip('clip.wav')) | from_python(loaded)
+    np.savez(output, **found)
   print(*sorted(sys.modules))
 
 
 def from_python(loaded) -> dict[str, np.ndarray]:
   """The same text and seed as `music` has, through the methods of a bundle."""
-  return {'api': loaded.generate('slow piano', seconds=1.3, seed=7),
-          'api blocks': np.concatenate(list(loaded.stream('slow piano', seconds=1.3, seed=7, block_seconds=0.4)))}
+  return {'api': loaded.generate('slow piano', seconds=1.2, seed=7),
+          'api blocks': np.concatenate(list(loaded.stream('slow piano', seconds=1.2, seed=7, block_seconds=0.4)))}
 
 
 if __name__ == '__main__':

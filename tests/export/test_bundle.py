@@ -56,12 +56,19 @@ def test_every_function_gives_the_same(networks, nano_bundle, tmp_path):
 
 
 @pytest.mark.slow
-def test_music_is_made_of_the_same_tokens(networks, nano_bundle, tmp_path):
+def test_every_mode_is_made_of_the_same_tokens(networks, nano_bundle, tmp_path):
   found = elsewhere(nano_bundle, tmp_path, 'music')
   compare(found, everything.answers(networks, ['semantic', 'fine']))
-  compare(found, everything.music(networks))
-  np.testing.assert_allclose(found['api'], found['text audio'][0], atol=1e-6)
+  compare(found, everything.music(networks, everything.write_clip(str(tmp_path / 'clip.wav'))))
+  np.testing.assert_allclose(found['api'], found['text audio'], atol=1e-6)
   np.testing.assert_allclose(found['api blocks'], found['api'], atol=1e-5)
+
+
+def test_a_stream_is_the_music_in_blocks(nano_bundle):
+  bundle = Bundle(nano_bundle)
+  blocks = list(bundle.stream('slow piano', seconds=0.2, seed=3, block_seconds=0.08))
+  assert [len(block) for block in blocks] == [1920, 1920, 960]
+  np.testing.assert_allclose(np.concatenate(blocks), bundle.generate('slow piano', seconds=0.2, seed=3), atol=1e-5)
 
 
 def test_rows_are_worth_the_same_in_any_batch(nano_bundle):
@@ -123,6 +130,7 @@ def test_nothing_is_overwritten_but_a_bundle_that_may_be(nano_cascade, nano_bund
 
 
 def test_an_export_that_fails_leaves_nothing(nano_cascade, tmp_path, monkeypatch):
+  monkeypatch.setattr(exporting, '_exported', lambda *_: {})
   monkeypatch.setattr(exporting, 'Bundle', lambda path: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     exporting.export(nano_cascade, tmp_path / 'b', licence='CC0-1.0')
