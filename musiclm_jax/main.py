@@ -281,7 +281,8 @@ def generate(args: argparse.Namespace) -> None:
     raise UsageError('give either --workdir (trained runs) or --bundle (what `musiclm export` wrote)')
   _existing(args.workdir or args.bundle, '--workdir' if args.workdir else '--bundle')
   request = _request(args)
-  files, modes, pipeline = (importlib.import_module(f'musiclm_jax.generate.{m}') for m in ('files', 'modes', 'pipeline'))
+  files, modes, pipeline = (
+      importlib.import_module(f'musiclm_jax.generate.{m}') for m in ('files', 'modes', 'pipeline'))
   seed = modes.check_seed(args.seed or 0)
   files.check(args.output)
   if args.bundle:
@@ -584,7 +585,7 @@ examples:
   p.add_argument('--unconditional', action='store_true', help='no description at all')
   p.add_argument('--negative_prompt', metavar='TEXT', help='with --guidance: what to lead away from')
   p.add_argument('--continue_audio', metavar='FILE', help='a clip to go on from; it stands in front of the result')
-  p.add_argument('--continue_at', metavar='TIME', help='with --continue_audio: from there on, as 0:12; default: its end')
+  p.add_argument('--continue_at', metavar='TIME', help='with --continue_audio: from there on; default: its end')
   p.add_argument('--drop_clip', action='store_true', help='with --continue_audio: write only what is new')
   p.add_argument('--infill_audio', metavar='FILE', help='a clip of which a part is made anew')
   p.add_argument('--gap', metavar='FROM-TO', help='with --infill_audio: that part, as 0:04-0:07')
