@@ -271,9 +271,15 @@ def export(args: argparse.Namespace) -> None:
   _existing(args.workdir, '--workdir')
   for path in args.records:
     _existing(path, '--records')
-  run = _late('export.bundle', 'export')
   options = _given(args, 'licence', 'weights')
-  print(run(args.workdir, args.output, records=args.records, replace=args.replace, **options).text())
+  if args.format == 'savedmodel':
+    if args.replace:
+      raise UsageError('--replace concerns bundles; a SavedModel is written where there is nothing')
+    run = _late('export.bundle', 'export_savedmodel')
+  else:
+    run = _late('export.bundle', 'export')
+    options['replace'] = args.replace
+  print(run(args.workdir, args.output, records=args.records, **options).text())
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -557,6 +563,8 @@ examples:
                  help='float32 (the default), bfloat16 or int8')
   p.add_argument('--records', metavar='DIR', action='append', default=[],
                  help='what the networks were trained on, for the model card; found in a quickstart; repeatable')
+  p.add_argument('--format', metavar='FORMAT', choices=('bundle', 'savedmodel'), default='bundle',
+                 help='bundle (the default), or savedmodel: one TensorFlow SavedModel for each network')
   p.add_argument('--replace', action='store_true', help='an older bundle in --output makes way')
 
 

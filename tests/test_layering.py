@@ -56,7 +56,7 @@ TOP = Layer(NUMERIC | {'absl', 'jinja2', 'matplotlib', 'rich', 'safetensors', 's
 # What generation and serving may use of the token stages: the files without networks.
 OF_TOKENS = ('musiclm_jax.token_lm.sequence.', 'musiclm_jax.token_lm.draw.')
 # Files with an allowance of their own.
-TENSORFLOW_FILES = {'data/seqio_source.py'}
+TENSORFLOW_FILES = {'data/seqio_source.py', 'export/savedmodel.py'}
 
 
 def imports(source: str) -> Iterator[tuple[str, int]]:

@@ -1,6 +1,7 @@
 """The wheel: all files in it, and the command works in an empty folder where only the wheel is installed."""
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests import environments
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ('gin', 'tasks', 'musiclm_jax', 'setup.cfg', 'pyproject.toml', 'LICENSE', 'README.md')
@@ -37,6 +40,15 @@ def musiclm(wheel, tmp_path_factory) -> Path:
   (site / 'others.pth').write_text(sysconfig.get_paths()['purelib'] + '\n')
   _pip('--python', folder / 'bin' / 'python', 'install', '--no-deps', wheel)
   return folder / 'bin' / 'musiclm'
+
+
+@pytest.fixture(scope='module')
+def base(wheel, tmp_path_factory) -> Path:
+  """Python of an environment with the wheel and what it declares as its base install, and nothing else."""
+  about = next(path for path in zipfile.Path(wheel).iterdir() if path.name.endswith('.dist-info'))
+  python = environments.linked(tmp_path_factory.mktemp('base'), importlib.metadata.PathDistribution(about).requires)
+  _pip('--python', python, 'install', '--no-deps', wheel)
+  return python
 
 
 def _pip(*arguments) -> None:
@@ -77,6 +89,21 @@ def test_tasks_are_found_by_their_name(musiclm, tmp_path):
   code = ("from musiclm_jax import config; config.load_experiment(['x.gin']); "
           'import tasks; print(tasks.__file__)')
   assert 'musiclm_jax/tasks' in _run(musiclm.parent / 'python', '-c', code, cwd=tmp_path)
+
+
+def test_a_bundle_makes_music_where_only_the_base_install_is(base, nano_bundle, tmp_path):
+  shutil.copytree(nano_bundle, tmp_path / 'moved')
+  for extra in ('flax', 'optax', 'orbax', 'tensorflow', 'seqio', 'gin'):
+    code = f'import importlib.util; print(importlib.util.find_spec({extra!r}))'
+    assert _run(base, '-c', code, cwd=tmp_path).strip() == 'None'
+  generate = ('--prompt', 'slow piano', '--seconds', '0.5', '--seed', '7', '--output')
+  _run(base, '-m', 'musiclm_jax.main', 'generate', '--bundle', 'moved', *generate, 'here.wav', cwd=tmp_path)
+  # The same bundle in this environment; that it gives what its workdir gives is for tests/export.
+  _run(sys.executable, '-m', 'musiclm_jax.main', 'generate', '--bundle', 'moved', *generate, 'there.wav', cwd=tmp_path)
+  assert (tmp_path / 'here.wav').read_bytes() == (tmp_path / 'there.wav').read_bytes()
+  _run(base, '-m', 'musiclm_jax.main', 'generate', '--bundle', 'moved', '--continue_audio', 'here.wav', *generate,
+       'longer.wav', cwd=tmp_path)
+  assert (tmp_path / 'longer.wav').stat().st_size > 1.9 * (tmp_path / 'here.wav').stat().st_size
 
 
 def _run(*command, cwd: Path) -> str:

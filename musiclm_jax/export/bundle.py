@@ -1,10 +1,11 @@
 """Writes the bundle of a workdir: every function that generation asks for, the weights, and what they are."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import os
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import safetensors.numpy
 
+import musiclm_jax
 from musiclm_jax import provenance, specs
 from musiclm_jax.cascade import Cascade
 from musiclm_jax.cascade_networks import CascadeNetworks
@@ -24,6 +26,8 @@ from musiclm_jax.serving import bundle as serving
 from musiclm_jax.serving.bundle import Bundle, BundleSpecs
 from musiclm_jax.serving.bundle_format import (
     CARD, described, Files, function_file, Manifest, MANIFEST, SPECS, VOCABULARY, WEIGHT_KINDS, weights_file)
+from musiclm_jax.text.tokenizer import Tokenizer
+from musiclm_jax.token_lm.draw import Sampling
 from musiclm_jax.training.checkpoint import Loaded
 
 
@@ -54,42 +58,89 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, licence: st
   Raises ValueError where the model card would have empty fields, the networks do not belong together, or `output`
   holds something else.
   """
+  output = pathlib.Path(os.path.abspath(output))
+  there = _there(output)
+  ready = _ready(workdir, licence, weights, records)
+  lineage = {name: loaded.content_hash for name, (loaded, _) in ready.networks.items()}
+  if there is not None and (there.licence, there.weights, there.lineage, there.made_with) == (
+      licence, weights, lineage, ready.made_with):
+    return Written(output, sum(size for size, _ in there.files.values()), fresh=False)
+  if there is not None and not replace:
+    raise ValueError(f'{output} holds a bundle of other networks, or exported otherwise: name another output, or give '
+                     '--replace')
+  files = dict(ready.files)
+  for name, (loaded, functions_of) in ready.networks.items():
+    files |= _exported(name, loaded, functions_of, weights)
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  defaults = {name: dataclasses.asdict(PAPER_SAMPLING.get(name, Sampling())) for name in ready.stages}
+  manifest = Manifest(licence, now, ready.made_with, weights, lineage, defaults, described(files))
+  files[MANIFEST] = manifest.to_bytes()
+  with _beside(output) as place:
+    _write(place, files)
+    Bundle(place)  # what is there now is what anybody will load
+    _put(place, output)
+  return Written(output, sum(map(len, files.values())), fresh=True)
+
+
+def export_savedmodel(workdir: str | os.PathLike, output: str | os.PathLike, *, licence: str = '',
+                      weights: str = 'float32', records: Sequence[str | os.PathLike] = ()) -> Written:
+  """As `export`, but a TensorFlow SavedModel for each network, beside specs, vocabulary and model card.
+
+  Raises ValueError, as `export` does, and where there is anything in `output`.
+  """
+  output = pathlib.Path(os.path.abspath(output))
+  if _there(output) is not None:
+    raise ValueError(f'{output} holds a bundle: name another output')
+  ready = _ready(workdir, licence, weights, records)
+  savedmodel = importlib.import_module('musiclm_jax.export.savedmodel')  # needs TensorFlow, which nothing else does
+  with _beside(output) as place:
+    _write(place, ready.files)
+    for name, (loaded, functions_of) in ready.networks.items():
+      savedmodel.write(place / name, Network.of(loaded), functions_of(loaded.model), weights)
+    size = sum(path.stat().st_size for path in place.rglob('*') if path.is_file())
+    _put(place, output)
+  return Written(output, size, fresh=True)
+
+
+FunctionsOf = Callable[[Any], dict[str, functions.Function]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+  """A cascade that may be exported: its networks by name, with what is exported of them, and the files about them."""
+
+  networks: Mapping[str, tuple[Loaded, FunctionsOf]]
+  stages: tuple[str, ...]
+  files: Mapping[str, bytes]
+  made_with: Mapping[str, str]
+
+
+def _ready(workdir: str | os.PathLike, licence: str, weights: str, records: Sequence[str | os.PathLike]) -> _Ready:
+  """Raises ValueError, before anything takes time, where it may not be exported."""
   if weights not in WEIGHT_KINDS:
     raise ValueError(f'weights must be one of {", ".join(WEIGHT_KINDS)}, found {weights!r}')
-  output = pathlib.Path(os.path.abspath(output))
   root = pathlib.Path(workdir)
   sets = records or [place for name in (TOKENS, PAIRS, MORE_PAIRS) if (place := root / name).is_dir()]
   data = [row for place in sets for row in card.data_of(place)]
   card.check(licence, data)
   cascade = Cascade(workdir)
-  loaded = _networks(cascade)
-  lineage = {name: network.content_hash for name, (network, _) in loaded.items()}
-  made_with = {'musiclm_jax': provenance.made_with()['musiclm_jax'], 'code': provenance.code_digest(),
-               'jax': jax.__version__}
-  there = _there(output, replace)
-  if there is not None and (there.licence, there.weights, there.lineage, there.made_with) == (
-      licence, weights, lineage, made_with):
-    return Written(output, sum(size for size, _ in there.files.values()), fresh=False)
-  if there is not None and not replace:
-    raise ValueError(f'{output} holds a bundle of other networks, or exported otherwise: name another output, or give '
-                     '--replace')
-  files: dict[str, bytes] = {}
-  for name, (network, of) in loaded.items():
-    files |= _exported(name, network, of, weights)
-  files[SPECS] = specs.to_json(_specs(cascade)).encode()
-  files[VOCABULARY] = cascade.tokenizer.model_bytes
-  parts = [card.Part(name, network.step, _count(network), network.content_hash) for name, (network, _) in
-           loaded.items()]
-  files[CARD] = card.write(licence=licence, data=data, parts=parts, report=card.figures_of(root), weights=weights,
-                           made_with=made_with).encode()
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  defaults = {name: dataclasses.asdict(PAPER_SAMPLING[name]) for name in CascadeNetworks(cascade).stages}
-  manifest = Manifest(licence, now, made_with, weights, lineage, defaults, described(files))
-  _put(output, {**files, MANIFEST: manifest.to_bytes()})
-  return Written(output, sum(map(len, files.values())), fresh=True)
+  networks = _networks(cascade)
+  described_by = _specs(cascade)
+  made_with = {'musiclm_jax': musiclm_jax.__version__, 'code': provenance.code_digest(), 'jax': jax.__version__}
+  parts = [card.Part(name, loaded.step, sum(x.size for x in jax.tree.leaves(loaded.params)), loaded.content_hash)
+           for name, (loaded, _) in networks.items()]
+  # Networks that read no texts have no vocabulary of their own; a bundle always has one.
+  tokenizer = cascade.tokenizer if described_by.mulan_rate else Tokenizer.load()
+  files = {
+      SPECS: specs.to_json(described_by).encode(),
+      VOCABULARY: tokenizer.model_bytes,
+      CARD: card.write(licence=licence, data=data, parts=parts, report=card.figures_of(root), weights=weights,
+                       made_with=made_with).encode(),
+  }
+  return _Ready(networks, tuple(described_by.stages), files, made_with)
 
 
-def _networks(cascade: Cascade) -> dict[str, tuple[Loaded, Callable[[Any], dict[str, functions.Function]]]]:
+def _networks(cascade: Cascade) -> dict[str, tuple[Loaded, FunctionsOf]]:
   """Each network of the cascade by its name in the bundle, and what is exported of it.
 
   Raises FileNotFoundError where there is no codec or no stage, ValueError where they do not belong together.
@@ -111,20 +162,23 @@ def _specs(cascade: Cascade) -> BundleSpecs:
   return BundleSpecs(**shared, text_length=text_length)
 
 
-def _exported(name: str, loaded: Loaded, of: Callable[[Any], dict[str, functions.Function]], kind: str
+def _exported(name: str, loaded: Loaded, functions_of: FunctionsOf, kind: str
               ) -> dict[str, bytes]:
   """Files of one network."""
-  programs, arrays = functions.exported(Network.of(loaded), of(loaded.model), kind)
+  programs, arrays = functions.exported(Network.of(loaded), functions_of(loaded.model), kind)
   files = {function_file(name, function): program for function, program in programs.items()}
   return files | {weights_file(name): safetensors.numpy.save(arrays)}
 
 
-def _count(loaded: Loaded) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+def _there(output: pathlib.Path) -> Manifest | None:
+  """The manifest of the bundle in `output`; None where there is nothing.
 
-
-def _there(output: pathlib.Path, replace: bool) -> Manifest | None:
-  """The manifest of the bundle in `output`; None where there is nothing. ValueError where there is something else."""
+  Raises ValueError where there is something else, or nothing can be written.
+  """
+  if not output.parent.is_dir():
+    raise FileNotFoundError(f'there is no folder {str(output.parent)!r}')
+  if not os.access(output.parent, os.W_OK):
+    raise ValueError(f'{output.parent} cannot be written to: name another output')
   if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
     return None
   try:
@@ -133,32 +187,31 @@ def _there(output: pathlib.Path, replace: bool) -> Manifest | None:
     raise ValueError(f'{output} holds something that is not a bundle: name another output') from None
 
 
-def _put(output: pathlib.Path, files: dict[str, bytes]) -> None:
-  """All files in their place at once, after they were loaded as anybody will load them."""
-  with _beside(output) as place:
-    for name, content in files.items():
-      path = place / name
-      path.parent.mkdir(exist_ok=True)
-      with open(path, 'xb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Bundle(place)
-    if os.path.lexists(output):
-      old = output.with_name(f'.{output.name}.old')
-      shutil.rmtree(old, ignore_errors=True)
-      os.rename(output, old)
-      os.rename(place, output)
-      shutil.rmtree(old)
-    else:
-      os.rename(place, output)
+def _write(place: pathlib.Path, files: Mapping[str, bytes]) -> None:
+  for name, content in files.items():
+    path = place / name
+    path.parent.mkdir(exist_ok=True)
+    with open(path, 'xb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+
+
+def _put(place: pathlib.Path, output: pathlib.Path) -> None:
+  """Moves the folder to where it belongs; a bundle that is there makes way."""
+  if os.path.lexists(output) and any(output.iterdir()):
+    old = output.with_name(f'.{output.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(output, old)
+    os.rename(place, output)
+    shutil.rmtree(old)
+  else:
+    os.rename(place, output)  # onto an empty folder, if there is one
 
 
 @contextlib.contextmanager
 def _beside(output: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder on the same disk, which does not outlive an error."""
-  if not output.parent.is_dir():
-    raise FileNotFoundError(f'there is no folder {str(output.parent)!r}')
   place = output.with_name(f'.{output.name}.partial')
   shutil.rmtree(place, ignore_errors=True)  # of an export that was killed
   place.mkdir()

@@ -43,8 +43,12 @@ class Function:
       shape = export.symbolic_shape(','.join(map(str, dimensions)), scope=scope) if dimensions else ()
       return jax.ShapeDtypeStruct(shape, dtype)
 
-    is_leaf = lambda x: isinstance(x, tuple) and bool(x) and not isinstance(x[0], (tuple, dict))
     return jax.tree.map(one, self.arguments, is_leaf=is_leaf)
+
+
+def is_leaf(x: Any) -> bool:
+  """Whether this describes one array in `Function.arguments`."""
+  return isinstance(x, tuple) and bool(x) and not isinstance(x[0], (tuple, dict))
 
 
 def used(network: Network, functions: Mapping[str, Function]) -> set[str]:
