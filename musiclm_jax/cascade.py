@@ -1,7 +1,7 @@
 """The trained networks of one workdir as a whole: where each one lies, and that they belong together."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import functools
 import os
 import pathlib
@@ -26,10 +26,13 @@ class Cascade:
   Args:
     workdir: of a quickstart, or any folder with those names in it.
     places: other folders for some parts, by role ("codec", "semantic", "mulan", "stage/coarse").
+    without: roles of tokenizers that are left out ("mulan", for stages that hear no description).
   """
 
-  def __init__(self, workdir: str | os.PathLike, places: Mapping[str, str | os.PathLike] | None = None):
+  def __init__(self, workdir: str | os.PathLike, places: Mapping[str, str | os.PathLike] | None = None, *,
+               without: Collection[str] = ()):
     root = pathlib.Path(workdir)
+    self.tokenizers = tuple(role for role in TOKENIZERS if role not in without)
     self.places = {role: root / name for role, name in TOKENIZERS.items()}
     self.places |= {f'stage/{role}': root / name for role, name in STAGES.items()}
     self.places |= {role: pathlib.Path(place) for role, place in (places or {}).items() if place}
@@ -51,11 +54,11 @@ class Cascade:
   @property
   def lineage(self) -> dict[str, str]:
     """Content hash of each trained network that makes tokens."""
-    return {role: self.part(role).content_hash for role in TOKENIZERS if self.has(role)}
+    return {role: self.part(role).content_hash for role in self.tokenizers if self.has(role)}
 
   def networks(self) -> dict[str, dict[str, Any]]:
     """What made the networks that make tokens, by role, and how evenly each uses its own codes."""
-    return {role: self._network(role) for role in TOKENIZERS}
+    return {role: self._network(role) for role in self.tokenizers}
 
   def _network(self, role: str) -> dict[str, Any]:
     loaded = self.part(role)

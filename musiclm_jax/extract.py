@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from musiclm_jax import provenance, specs
-from musiclm_jax.cascade import TOKENIZERS, Cascade
+from musiclm_jax.cascade import Cascade
 from musiclm_jax.data import records
 from musiclm_jax.data.prefetch import Prefetch
 
@@ -50,7 +50,7 @@ def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade
   audio = records.read_manifest(audio_dir)
   _check_audio(audio_dir, audio, cascade)
   header = records.Header(
-      'tokens', records.token_streams([cascade.token_spec(role) for role in TOKENIZERS]),
+      'tokens', records.token_streams([cascade.token_spec(role) for role in cascade.tokenizers]),
       settings={'audio': audio.fingerprint, 'batch': batch_size}, lineage=cascade.lineage)
   counts = {split: len(shards) for split, shards in audio.splits.items()}
   if other := records.difference(output_dir, header):
@@ -100,14 +100,16 @@ class _Tokeniser:
 
   def __init__(self, cascade: Cascade, seconds: float, batch_size: int):
     self.batch_size = batch_size
-    self.specs = {cascade.token_spec(role).feature: cascade.token_spec(role) for role in TOKENIZERS}
+    self.specs = {cascade.token_spec(role).feature: cascade.token_spec(role) for role in cascade.tokenizers}
     self.rate = cascade.part('codec').objective.codec.sample_rate
     block = math.lcm(*(round(self.rate / s.frame_rate) for s in self.specs.values() if s.frame_rate))
     self.samples = math.ceil(seconds * self.rate / block) * block  # whole frames of every stream
     self.encode = cascade.function('codec', 'encode', parallel=True)
     self.semantic = cascade.function('semantic', 'tokens', parallel=True)
-    self.embed = cascade.function('mulan', 'embed_audio', parallel=True)
-    self.mulan = cascade.function('mulan', 'tokens', parallel=True)
+    self.mulan = None
+    if 'mulan' in cascade.tokenizers:
+      self.embed = cascade.function('mulan', 'embed_audio', parallel=True)
+      self.mulan = cascade.function('mulan', 'tokens', parallel=True)
 
   def __call__(self, corpus: records.RecordSet, shard: int) -> Iterator[dict[str, Any]]:
     indices = corpus.shard_indices(shard)
@@ -137,8 +139,8 @@ class _Tokeniser:
     return examples, audio_BxN, length_B
 
   def _start(self, audio_BxN: np.ndarray, length_B: np.ndarray) -> dict[str, jax.Array]:
-    return {'acoustic': self.encode(audio_BxN), 'semantic': self.semantic(audio_BxN, length_B),
-            'mulan': self.mulan(self.embed(audio_BxN, length_B))}
+    found = {'acoustic': self.encode(audio_BxN), 'semantic': self.semantic(audio_BxN, length_B)}
+    return {**found, 'mulan': self.mulan(self.embed(audio_BxN, length_B))} if self.mulan else found
 
   def _finished(self, examples: list[dict[str, Any]], length_B: np.ndarray, tokens: dict[str, jax.Array]
                 ) -> Iterator[dict[str, Any]]:

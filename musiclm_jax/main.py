@@ -200,14 +200,16 @@ def _of_a_save(raised: types.TracebackType | None) -> bool:
 
 
 def extract(args: argparse.Namespace) -> None:
-  roles = ('codec', 'semantic', 'mulan')
+  if args.without_mulan and args.mulan:
+    raise UsageError('--without_mulan does not go with --mulan')
+  roles = ('codec', 'semantic') if args.without_mulan else ('codec', 'semantic', 'mulan')
   places = {role: getattr(args, role) for role in roles if getattr(args, role)}
   if not args.workdir and len(places) < len(roles):
     raise UsageError('name the trained networks: --workdir for all, or --codec, --semantic and --mulan')
   for flag in ('input', 'workdir', *roles):
     if getattr(args, flag):
       _existing(getattr(args, flag), f'--{flag}')
-  cascade = _late('cascade', 'Cascade')(args.workdir or '', places)
+  cascade = _late('cascade', 'Cascade')(args.workdir or '', places, without=('mulan',) if args.without_mulan else ())
   options = {**_cluster(process_index='JAX_PROCESS_ID', process_count='JAX_NUM_PROCESSES'),
              **_given(args, 'batch_size', 'process_index', 'process_count')}
   made = _late('extract', 'extract')(args.input, args.output, cascade, **options)
@@ -455,6 +457,7 @@ example:
   p.add_argument('--codec', metavar='DIR', help='the run of a trained codec, where it lies elsewhere')
   p.add_argument('--semantic', metavar='DIR', help='likewise, of a fitted semantic tokenizer')
   p.add_argument('--mulan', metavar='DIR', help='likewise, of fitted MuLan tokens')
+  p.add_argument('--without_mulan', action='store_true', help='no MuLan tokens, for stages that hear no description')
   p.add_argument('--output', metavar='DIR', required=True, help='where the token records go')
   p.add_argument('--batch_size', metavar='N', type=_positive(int), help='clips at a time on each device')
   p.add_argument('--process_index', metavar='I', type=int,

@@ -125,7 +125,7 @@ class Stage:
 
   def condition_tokens(self, seconds: float) -> int:
     """Positions before the target; without a condition one, from which the first token can be predicted."""
-    return sum(s.tokens(seconds) for s in self.conditions) or 1
+    return sum(s.tokens(seconds) for s in self.conditions) if self.conditions else 1
 
   @property
   def condition_length(self) -> int:

@@ -69,6 +69,17 @@ def test_the_tokens_are_those_of_the_networks(audio, tokens, cascade):
       np.testing.assert_array_equal(np.asarray(there)[0], made[i][name], err_msg=f'{name} of clip {i}')
 
 
+def test_without_mulan_the_other_tokens_are_the_same(audio, cascade, tokens, tmp_path):
+  deaf = Cascade(cascade.places['codec'].parent, {'mulan': tmp_path / 'nowhere'}, without=('mulan',))
+  extraction.extract(audio, tmp_path / 'tokens', deaf, batch_size=1, report=lambda line: None)
+  ours, theirs = records.RecordSet(tmp_path / 'tokens', 'test'), records.RecordSet(tokens, 'test')
+  assert ours.header.lineage == {role: cascade.lineage[role] for role in ('codec', 'semantic')}
+  for i in range(len(theirs)):
+    assert 'mulan' not in ours[i]
+    for name in ('acoustic', 'semantic'):
+      np.testing.assert_array_equal(ours[i][name], theirs[i][name])
+
+
 def test_a_shard_says_what_made_it(tokens, cascade):
   sidecar = json.loads((tokens / 'train-00000-of-00005.arrayrecord.json').read_text())
   assert sidecar['header']['lineage'] == cascade.lineage

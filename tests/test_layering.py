@@ -133,6 +133,15 @@ def test_importing_the_package_imports_nothing_else():
   assert set(loaded.stdout.split()) - {'musiclm_jax'} <= set(sys.stdlib_module_names)
 
 
+def test_generation_needs_the_base_install_alone():
+  code = ('import sys; before = set(sys.modules); from musiclm_jax.generate import files, modes; '
+          'print(*{m.partition(".")[0] for m in set(sys.modules) - before})')
+  loaded = subprocess.run(
+      [sys.executable, '-c', code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+  of_training = {'flax', 'optax', 'orbax', 'gin', 'soxr', 'msgpack', 'array_record', 'sklearn', *TENSORFLOW}
+  assert not set(loaded.stdout.split()) & of_training
+
+
 def test_every_package_is_in_the_wheel():
   setup = (PACKAGE.parent / 'setup.cfg').read_text()
   packages = setup.partition('packages =')[2].partition('package_dir')[0]

@@ -7,10 +7,8 @@ from __future__ import annotations
 import os
 
 import numpy as np
-import soxr
 
 from musiclm_jax import specs
-from musiclm_jax.data import audio_files
 from musiclm_jax.generate import chain
 from musiclm_jax.generate.networks import Networks
 from musiclm_jax.generate.pipeline import Given
@@ -24,6 +22,7 @@ _WINDOWS = 8  # that MuLan hears at a time
 
 def read(path: str | os.PathLike, sample_rate: int) -> np.ndarray:
   """A clip as mono float32 [N]. Raises ValueError, with its name, where it cannot be used, FileNotFoundError."""
+  from musiclm_jax.data import audio_files  # only who gives a clip needs a resampler, which is no part of the base
   if not os.path.isfile(path):
     raise FileNotFoundError(f'there is no file {os.fspath(path)!r}')
   try:
@@ -41,7 +40,11 @@ def read(path: str | os.PathLike, sample_rate: int) -> np.ndarray:
 
 
 def resampled(audio_N: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-  return audio_N if rate == wanted else soxr.resample(audio_N, rate, wanted, quality='VHQ').astype(np.float32)
+  """A clip at the wanted rate."""
+  if rate == wanted:
+    return audio_N
+  import soxr
+  return soxr.resample(audio_N, rate, wanted, quality='VHQ').astype(np.float32)
 
 
 def embed(networks: Networks, audio_N: np.ndarray, rate: int) -> np.ndarray:

@@ -93,7 +93,9 @@ def music(networks: Networks, request: Request, settings: Settings = Settings(),
   What is asked for is checked before the first block. Raises ValueError for what cannot be done, FileNotFoundError.
   """
   seed = check_seed(seed)
-  chain.order(networks.stages)
+  chain.order(networks.stages)  # names what is missing
+  if networks.channels != 1:
+    raise ValueError(f'the codec has {networks.channels} channels, and music is generated in mono')
   if request.gap:
     return infill.fill(networks, request.gap, request.prompts, settings, candidates=request.best_of, seed=seed,
                        negative=request.negative)

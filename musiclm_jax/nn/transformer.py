@@ -341,18 +341,21 @@ class Block(nnx.Module):
     x = self._residual(x, self.feed_forward_norm, self.feed_forward, keys_B, 1)
     return axes.constrain(x, 'batch', 'length', 'embed_activation')
 
-  def extend(self, x_BxTxD, positions_AxT, k_cache, v_cache, start, *, mask, bias):
-    """The same block for T new positions from `start` on; returns x and the caches with them written in."""
+  def extend(self, x_BxTxD, positions_AxT, cache: Cache, layer: jax.Array, *, mask, bias):
+    """The same block for T new positions; returns x, and the cache with their keys and values in this layer's part."""
 
     def attend(h):
-      nonlocal k_cache, v_cache
-      q, k, v = self.attention.project(h, positions_AxT)
-      k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k.astype(k_cache.dtype), start, axis=1)
-      v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v.astype(v_cache.dtype), start, axis=1)
-      return self.attention.merge(attention(q, k_cache, v_cache, mask=mask, bias=bias))
+      nonlocal cache
+      q, *new = self.attention.project(h, positions_AxT)
+      # Written into the whole cache: taking a layer's part out and putting it back would copy all of it in each step.
+      place = (layer, 0, cache.filled, 0, 0)
+      cache = Cache(*(jax.lax.dynamic_update_slice(old, x[None].astype(old.dtype), place)
+                      for old, x in zip(cache, new)), cache.filled)
+      k, v = (jax.lax.dynamic_index_in_dim(all_layers, layer, keepdims=False) for all_layers in cache[:2])
+      return self.attention.merge(attention(q, k, v, mask=mask, bias=bias))
 
     x = self._residual(x_BxTxD, self.attention_norm, attend, None, 0)
-    return self._residual(x, self.feed_forward_norm, self.feed_forward, None, 1), k_cache, v_cache
+    return self._residual(x, self.feed_forward_norm, self.feed_forward, None, 1), cache
 
 
 class Transformer(nnx.Module):
@@ -411,10 +414,9 @@ class Transformer(nnx.Module):
     mask = (place_L[None, :] <= place_T[:, None])[None, None]
     bias = self._bias(place_T, place_L)
 
-    def layer(block, x, k_cache, v_cache):
-      x, k_cache, v_cache = block.extend(x, now, k_cache, v_cache, cache.filled, mask=mask, bias=bias)
-      return x, (k_cache, v_cache)
+    def layer(block, carry, index):
+      return block.extend(carry[0], now, carry[1], index, mask=mask, bias=bias), ()
 
-    x, (k, v) = self.layers.scan(layer, x_BxTxD, cache.k_NxBxSxHxK, cache.v_NxBxSxHxK)
+    (x, cache), _ = self.layers.scan(layer, (x_BxTxD, cache), jnp.arange(self.config.depth))
     x = x if self.final_norm is None else self.final_norm(x)
-    return x, Cache(k, v, cache.filled + new)
+    return x, cache._replace(filled=cache.filled + new)

@@ -1,5 +1,6 @@
 """`musiclm generate`: every mode by its flags, and every mistake as one line that leaves nothing behind."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -98,7 +99,8 @@ P = ('--prompt', 'slow piano')
     # clips
     (['--style_audio', 'no.wav'], 1, "no file 'no.wav'"), (['--style_audio', '.'], 1, "no file '.'"),
     (['--style_audio', 'short.wav'], 1, 'short.wav: too short'), (['--style_audio', 'long.flac'], 1, 'flac: too long'),
-    (['--style_audio', 'silent.wav'], 1, 'silent.wav: silent'), (['--style_audio', 'nan.wav'], 1, 'nan.wav: non-finite'),
+    (['--style_audio', 'silent.wav'], 1, 'silent.wav: silent'),
+    (['--style_audio', 'nan.wav'], 1, 'nan.wav: non-finite'),
     (['--style_audio', 'text.wav'], 1, 'text.wav: unreadable'), (['--style_audio', 'empty.wav'], 1, 'empty.wav: empty'),
     (['--continue_audio', 'short.wav'], 1, 'too short'), (['--continue_audio', 'long.flac'], 1, 'too long'),
     (['--continue_audio', 'good.wav', '--continue_at', '0:05'], 1, 'cannot be continued from 5 s'),
@@ -127,6 +129,33 @@ def test_a_mistake_is_one_line_and_leaves_nothing(folder, capsys, argv, code, me
 def test_an_output_that_cannot_be_written(folder, capsys, output, message):
   code, lines = run(capsys, *P, output=output)
   assert code == 1 and len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.slow
+def test_audiolm_from_its_tokens_to_music(folder, capsys, monkeypatch):
+  """No MuLan anywhere, and a stage without conditions; the rate is that of the codec, here 24 kHz."""
+  monkeypatch.undo()
+  monkeypatch.chdir(folder)
+  workdir = trainings.make_cascade(folder / 'nano')
+  for name in ('mulan', 'mulan_tokens', 'semantic_lm', 'coarse_lm', 'fine_lm'):
+    shutil.rmtree(workdir / name)
+  with pytest.raises(SystemExit) as stopped:
+    main.main(['extract', '--input', str(folder / 'nano' / 'audio'), '--workdir', str(workdir), '--output', 'tokens',
+               '--without_mulan'])
+  assert stopped.value.code == 0
+  conditions = {'semantic_lm': '()', 'coarse_lm': '(%SEMANTIC_TOKENS,)', 'fine_lm': '(%COARSE_TOKENS,)'}
+  for name, given in conditions.items():
+    built = trainings.experiment(name, folder / 'tokens', NUM_STEPS=1, **{
+        'partition.Partitioner.data': 1, 'specs.Stage.conditions': given})
+    built.build(workdir=str(workdir / name), dry_run=False)
+  capsys.readouterr()
+  for argv in (['--unconditional', '--seconds', '1'], ['--continue_audio', 'good.wav', '--seconds', '1']):
+    with pytest.raises(SystemExit) as stopped:
+      main.main(['generate', '--workdir', str(workdir), '--output', 'out.wav', *argv])
+    assert stopped.value.code == 0, capsys.readouterr().err
+  with pytest.raises(SystemExit) as stopped:
+    main.main(['generate', '--workdir', str(workdir), '--output', 'out.wav', *P])
+  assert stopped.value.code == 1 and 'without descriptions' in capsys.readouterr().err
 
 
 @pytest.mark.slow

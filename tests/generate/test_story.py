@@ -27,7 +27,8 @@ def test_a_file_is_read(tmp_path):
 
 @pytest.mark.parametrize('text, words', [
     ('', 'no text'), ('calm piano', 'no time before'), ('calm, 0:10 loud', 'no time before'),
-    ('0:05 calm', 'must begin at 0:00'), ('0:00 a, 0:20 b, 0:10 c', 'must ascend'), ('0:00 a, 0:00 b', 'must ascend'),
+    ('0:05 calm', 'must begin at 0:00'), ('0:00 a, 0:20 b, 0:10 c', 'must ascend'),
+    ('0:00 a, 0:00 b', 'must ascend'),
     ('0:00 calm, 0:10', 'no text at 0:10'), ('0:00 , 0:10 loud', 'no text at 0:00'), ('0:00 a, 0:75 b', 'is no time'),
     ('0:00 a, 0:1x b', 'is no time'), ('0:00 a, -0:10 b', 'is no time'), ('0:00 a, 1:99:00 b', 'is no time'),
     ('0:00 calm 0:15 drums', 'comma before a time'),

@@ -14,6 +14,7 @@ ACOUSTIC = TokenSpec('acoustic', 1024, 12, 50)
 COARSE, FINE = ACOUSTIC.part('coarse', 0, 4), ACOUSTIC.part('fine', 4, 8)
 STAGES = (Stage('semantic', (MULAN,), SEMANTIC, 30), Stage('coarse', (MULAN, SEMANTIC), COARSE, 10),
           Stage('fine', (COARSE,), FINE, 3))
+UNCONDITIONAL = Stage('unconditional', (), SEMANTIC, 30)
 
 
 def random_streams(stage: Stage, batch: int = 2) -> dict[str, jax.Array]:
@@ -36,7 +37,17 @@ def test_the_papers_bitrate():
   assert ACOUSTIC.tokens(30) + SEMANTIC.tokens(30) == 18_750
 
 
-@pytest.mark.parametrize('stage', STAGES, ids=[s.name for s in STAGES])
+def test_a_stage_without_conditions_begins_with_a_row_of_its_own():
+  streams, layout = random_streams(UNCONDITIONAL), Layout(UNCONDITIONAL)
+  rows = build(layout, streams, streams['semantic'])
+  assert layout.condition_length == UNCONDITIONAL.condition_length == 1
+  assert rows.shape == (2, layout.length) == (2, UNCONDITIONAL.length) == (2, 751)
+  assert (rows[:, 0] == UNCONDITIONAL.start_row).all() and UNCONDITIONAL.start_row == UNCONDITIONAL.vocab_size
+  assert build(layout, streams, streams['semantic'][:, :0]).shape == (2, 1)
+  assert layout.positions_2xL.shape == (2, 751) and layout.positions_2xL[:, :2].tolist() == [[0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize('stage', (*STAGES, UNCONDITIONAL), ids=lambda s: s.name)
 def test_revert_undoes_build(stage):
   streams, layout = random_streams(stage), Layout(stage)
   found = revert(layout, build(layout, streams, codes(streams, stage.target)))
