@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from musiclm_jax import quickstart
+from musiclm_jax import main, quickstart
 from musiclm_jax.data import composer
 from musiclm_jax.data.audio_files import write_wav
 from musiclm_jax.training import checkpoint
@@ -38,6 +38,16 @@ def finished(environment, tmp_path_factory):
   done = subprocess.run(arguments(workdir), env=environment, capture_output=True, text=True, timeout=1500)
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
   return workdir
+
+
+@pytest.mark.parametrize('own', [{}, {'audio_dir': 'music'}, {'audio_dir': 'music', 'captions': 'captions.csv'}])
+def test_every_step_is_a_command_and_the_last_one_exports(tmp_path, own):
+  steps = quickstart.plan(tmp_path, **{'audio_dir': None, 'captions': None, **own}, size='nano', seed=0)
+  asked = [main.parse(step.arguments) for step in steps]
+  assert all(set(step.after) <= {s.name for s in steps[:i]} for i, step in enumerate(steps))
+  last = asked[-1]
+  assert (last.verb, last.workdir, last.output) == ('export', str(tmp_path), str(tmp_path / quickstart.BUNDLE))
+  assert last.replace and last.licence == ('unknown' if own else 'CC0-1.0')
 
 
 @pytest.mark.slow

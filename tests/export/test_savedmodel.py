@@ -55,7 +55,8 @@ def test_saved_models_need_no_jax(nano_cascade, nano_bundle, tmp_path):
   rows = generator.integers(0, 8, (3, layout.length), np.int32) + layout.first_row_L
   keys = jax.random.split(jax.random.key(5), 3)
   numbers = Sampling(0.9, top_k=6, guidance=2.0).numbers
-  given = {'ids': bundle.text_ids(['slow piano', 'loud drums']), 'codes': generator.integers(0, 16, (2, 8, 4), np.int32),
+  codes = generator.integers(0, 16, (2, 8, 4), np.int32)
+  given = {'ids': bundle.text_ids(['slow piano', 'loud drums']), 'codes': codes,
            'rows': rows[:, :layout.condition_length], 'positions': layout.positions_2xL,
            'length': np.int32(layout.condition_length), 'keys': jax.random.key_data(keys), **numbers._asdict()}
   np.savez(tmp_path / 'given.npz', **given)
