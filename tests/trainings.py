@@ -72,19 +72,22 @@ def make_networks(folder: str | os.PathLike, audio: str | os.PathLike) -> pathli
   return folder
 
 
-def random_cascade(folder: str | os.PathLike) -> pathlib.Path:
+def random_cascade(folder: str | os.PathLike, *, conditions: Mapping[str, str] | None = None) -> pathlib.Path:
   """A workdir of untrained networks at size nano that belong together: all that generation and export need, in seconds.
 
-  Codebooks are random, too, so that tokens differ; token records of one licence lie beside them.
+  Codebooks are random, too, so that tokens differ; token records lie beside them. With `conditions`, of each stage as
+  gin reads them, there is no MuLan.
   """
   folder = pathlib.Path(folder)
-  for name, macros in (('codec', {'RECORDS': 'nowhere'}), ('semantic_tokens', {'W2V_WORKDIR': 'nowhere'}),
-                       ('mulan_tokens', {'MULAN_WORKDIR': 'nowhere'})):
-    save_random(folder / name, name, {}, **macros)
+  save_random(folder / 'codec', 'codec', {}, RECORDS='nowhere')
+  save_random(folder / 'semantic_tokens', 'semantic_tokens', {}, W2V_WORKDIR='nowhere')
+  if conditions is None:
+    save_random(folder / 'mulan_tokens', 'mulan_tokens', {}, MULAN_WORKDIR='nowhere')
   lineage = Cascade(folder).lineage
   tokens = write_tokens(folder / 'tokens', lineage=lineage)
   for name in STAGES:
-    save_random(folder / name, name, lineage, TOKENS=tokens)
+    more = {'specs.Stage.conditions': conditions[name]} if conditions else {}
+    save_random(folder / name, name, lineage, TOKENS=tokens, **more)
   return folder
 
 

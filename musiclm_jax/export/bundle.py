@@ -62,24 +62,24 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, licence: st
   there = _there(output)
   ready = _ready(workdir, licence, weights, records)
   lineage = {name: loaded.content_hash for name, (loaded, _) in ready.networks.items()}
-  if there is not None and (there.licence, there.weights, there.lineage, there.made_with) == (
-      licence, weights, lineage, ready.made_with):
-    return Written(output, sum(size for size, _ in there.files.values()), fresh=False)
+  same = there is not None and (there.licence, there.weights, there.lineage, there.made_with) == (
+      licence, weights, lineage, ready.made_with) and described(ready.files).items() <= there.files.items()
+  if same:
+    return Written(output, _size(there), fresh=False)
   if there is not None and not replace:
     raise ValueError(f'{output} holds a bundle of other networks, or exported otherwise: name another output, or give '
                      '--replace')
-  files = dict(ready.files)
-  for name, (loaded, functions_of) in ready.networks.items():
-    files |= _exported(name, loaded, functions_of, weights)
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  defaults = {name: dataclasses.asdict(PAPER_SAMPLING.get(name, Sampling())) for name in ready.stages}
-  manifest = Manifest(licence, now, ready.made_with, weights, lineage, defaults, described(files))
-  files[MANIFEST] = manifest.to_bytes()
   with _beside(output) as place:
-    _write(place, files)
+    files = _write(place, ready.files)
+    for name, (loaded, functions_of) in ready.networks.items():
+      files |= _write(place, _exported(name, loaded, functions_of, weights))
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    defaults = {name: dataclasses.asdict(PAPER_SAMPLING.get(name, Sampling())) for name in ready.stages}
+    manifest = Manifest(licence, now, ready.made_with, weights, lineage, defaults, files)
+    _write(place, {MANIFEST: manifest.to_bytes()})
     Bundle(place)  # what is there now is what anybody will load
     _put(place, output)
-  return Written(output, sum(map(len, files.values())), fresh=True)
+  return Written(output, _size(manifest), fresh=True)
 
 
 def export_savedmodel(workdir: str | os.PathLike, output: str | os.PathLike, *, licence: str = '',
@@ -187,7 +187,12 @@ def _there(output: pathlib.Path) -> Manifest | None:
     raise ValueError(f'{output} holds something that is not a bundle: name another output') from None
 
 
-def _write(place: pathlib.Path, files: Mapping[str, bytes]) -> None:
+def _size(manifest: Manifest) -> int:
+  return sum(size for size, _ in manifest.files.values())
+
+
+def _write(place: pathlib.Path, files: Mapping[str, bytes]) -> dict[str, tuple[int, str]]:
+  """Writes the files and returns what a manifest says of them."""
   for name, content in files.items():
     path = place / name
     path.parent.mkdir(exist_ok=True)
@@ -195,6 +200,7 @@ def _write(place: pathlib.Path, files: Mapping[str, bytes]) -> None:
       file.write(content)
       file.flush()
       os.fsync(file.fileno())
+  return described(files)
 
 
 def _put(place: pathlib.Path, output: pathlib.Path) -> None:

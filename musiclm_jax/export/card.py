@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from musiclm_jax.data import records
@@ -94,7 +95,8 @@ def write(*, licence: str, data: Sequence[Data], parts: Sequence[Part], report: 
   total = sum(d.hours for d in data)
   unknown = sum(d.hours for d in data if d.licence == 'not stated')
   return '\n'.join([
-      '---', f'license: {licence.lower()}', 'library_name: musiclm_jax', 'pipeline_tag: text-to-audio', '---', '',
+      '---', f'license: {_plain(licence.lower())}', 'library_name: musiclm_jax', 'pipeline_tag: text-to-audio', '---',
+      '',
       '# Text to music', '',
       'A MusicLM (arXiv 2301.11325): MuLan, semantic, coarse and fine token stages, and the SoundStream codec, '
       f'exported by musiclm_jax {made_with["musiclm_jax"]}. Weights are {weights}.', '',
@@ -113,6 +115,11 @@ def write(*, licence: str, data: Sequence[Data], parts: Sequence[Part], report: 
       'It is made for research, and for music of the kind that it was trained on; it knows no other. Whatever it '
       'generates is told to be made by a model in the file beside it. It may repeat its training music: how often was '
       'not measured. It does not sing words.', ''])
+
+
+def _plain(text: str) -> str:
+  """A value of the fields in front; in quotes where YAML could take it for something else."""
+  return text if re.fullmatch(r'[a-z][a-z0-9.+-]*', text) else json.dumps(text)
 
 
 def _figures(report: Mapping[str, Any]) -> list[str]:

@@ -13,10 +13,13 @@ import pytest
 from musiclm_jax.cascade import Cascade
 from musiclm_jax.cascade_networks import CascadeNetworks
 from musiclm_jax.export import bundle as exporting
+from musiclm_jax.generate.modes import Continuation, music, Request
+from musiclm_jax.generate.pipeline import Settings
 from musiclm_jax.serving.bundle import Bundle
 from musiclm_jax.token_lm.sequence import Layout
 from tests.export import everything
 from tests.test_no_tensorflow import BLOCK, ROOT, TENSORFLOW
+from tests.trainings import random_cascade
 
 # What `pip install musiclm_jax` does not bring.
 EXTRAS = TENSORFLOW | {'absl', 'array_record', 'flax', 'gin', 'jinja2', 'matplotlib', 'msgpack', 'optax', 'orbax',
@@ -69,6 +72,22 @@ def test_a_stream_is_the_music_in_blocks(nano_bundle):
   blocks = list(bundle.stream('slow piano', seconds=0.2, seed=3, block_seconds=0.08))
   assert [len(block) for block in blocks] == [1920, 1920, 960]
   np.testing.assert_allclose(np.concatenate(blocks), bundle.generate('slow piano', seconds=0.2, seed=3), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_audiolm_is_exported_without_mulan(tmp_path):
+  conditions = {'semantic_lm': '()', 'coarse_lm': '(%SEMANTIC_TOKENS,)', 'fine_lm': '(%COARSE_TOKENS,)'}
+  workdir = random_cascade(tmp_path / 'audiolm', conditions=conditions)
+  bundle = Bundle(exporting.export(workdir, tmp_path / 'b', licence='CC0-1.0').path)
+  assert bundle.mulan_rate == 0 and 'mulan' not in bundle.lineage
+  clip = everything.write_clip(str(tmp_path / 'clip.wav'))
+  for request in (Request(), Request(continuation=Continuation(clip))):
+    found, wanted = (everything.Recorder(n) for n in (bundle, CascadeNetworks(Cascade(workdir))))
+    for recorder in (found, wanted):
+      list(music(recorder, request, Settings(0.6), seed=3))
+    np.testing.assert_array_equal(np.concatenate(found.drawn), np.concatenate(wanted.drawn))
+  with pytest.raises(ValueError, match='without descriptions'):
+    bundle.generate('slow piano', seconds=0.5)
 
 
 def test_rows_are_worth_the_same_in_any_batch(nano_bundle):
