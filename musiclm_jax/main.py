@@ -302,7 +302,8 @@ def generate(args: argparse.Namespace) -> None:
   factor, changes = args.temperature or 1.0, _given(args, 'guidance')
   sampling = {stage: dataclasses.replace(s, temperature=s.temperature * factor, **changes)
               for stage, s in usual.items()}
-  settings = pipeline.Settings(sampling=sampling, **_given(args, 'seconds', 'mulan_levels', 'block_seconds'))
+  settings = pipeline.Settings(sampling=sampling, **_given(
+      args, 'seconds', 'mulan_levels', 'block_seconds', 'story_context'))
   blocks = modes.music(networks, request, settings, seed=seed)
   about = None if args.no_sidecar else modes.about(networks, request, settings, seed)
   print(files.write(args.output, blocks, networks.sample_rate, about=about).text())
@@ -317,8 +318,8 @@ def _request(args: argparse.Namespace) -> Any:
   of_a_clip = args.continue_audio or args.infill_audio
   if len(chosen) > 1 or not (chosen or of_a_clip):
     raise UsageError(f'give one of {", ".join(ways)}' + (f'; found {" and ".join(chosen)}' if chosen else ''))
-  for flag, needs in (('crossfade', 'story'), ('continue_at', 'continue_audio'), ('drop_clip', 'continue_audio'),
-                      ('gap', 'infill_audio'), ('infill_audio', 'gap')):
+  for flag, needs in (('crossfade', 'story'), ('story_context', 'story'), ('continue_at', 'continue_audio'),
+                      ('drop_clip', 'continue_audio'), ('gap', 'infill_audio'), ('infill_audio', 'gap')):
     if getattr(args, flag) and not getattr(args, needs):
       raise UsageError(f'--{flag} needs --{needs}')
   for flag in ('continue_audio', 'story', 'seconds'):
@@ -593,6 +594,9 @@ examples:
   p.add_argument('--story', metavar='TEXT', help='texts in turn, "0:00 calm piano, 0:15 add drums", or a .txt of them')
   p.add_argument('--crossfade', metavar='S', type=_positive(float),
                  help='with --story: seconds over which one text becomes the next; default: at once')
+  p.add_argument('--story_context', metavar='S', type=float,
+                 help='with --story: seconds of what was played before that a new text hears; default: none; more is '
+                      'smoother and follows the text less')
   p.add_argument('--unconditional', action='store_true', help='no description at all')
   p.add_argument('--negative_prompt', metavar='TEXT', help='with --guidance: what to lead away from')
   p.add_argument('--continue_audio', metavar='FILE', help='a clip to go on from; it stands in front of the result')

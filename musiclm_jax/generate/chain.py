@@ -22,10 +22,14 @@ from musiclm_jax.token_lm.sequence import built, Layout
 
 
 class Piece(NamedTuple):
-  """MuLan tokens that hold from a tick on, until the next piece; those of one example hold for all."""
+  """MuLan tokens that hold from a tick on, until the next piece; those of one example hold for all.
+
+  Where they are another text's and no step of a cross-fade, they begin something new.
+  """
 
   tick: int
   tokens_Bx1xQ: np.ndarray
+  new: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +45,6 @@ class Condition:
   pieces: tuple[Piece, ...] = ()
   levels: int = 1
   negative_Bx1xQ: np.ndarray | None = None
-
-  @property
-  def changes(self) -> tuple[int, ...]:
-    return tuple(piece.tick for piece in self.pieces[1:])
 
   def at(self, tick: int) -> np.ndarray | None:
     return next((piece.tokens_Bx1xQ for piece in reversed(self.pieces) if piece.tick <= tick), None)

@@ -40,6 +40,9 @@ class Settings:
       its audio at the first levels only; 0 is unconditional.
     overlap: share of a window that continues the one before, by stage, half of it for a stage that is not named;
       windows of the fine stage stand alone and are sampled side by side.
+    story_context: seconds of what came before that the semantic stage hears where a new text begins. Music goes on as
+      it was, more than it follows a text: a stage that hears the old music keeps to it. The acoustic stages hear as
+      much as ever, so that there is no seam.
     block_seconds: audio is made in blocks of this length; 0: as much as one window of the first stage adds. Smaller
       ones come earlier, larger ones take less time in all.
   """
@@ -49,13 +52,15 @@ class Settings:
   mulan_levels: int = 1
   overlap: Mapping[str, float] = dataclasses.field(
       default_factory=lambda: {'semantic': 0.5, 'coarse': 0.5, 'fine': 0.0})
+  story_context: float = 0.0
   block_seconds: float = 0.0
 
   def __post_init__(self):
     if not 0 < self.seconds <= MAX_SECONDS:
       raise ValueError(f'seconds must lie between 0 and {MAX_SECONDS:.0f}, found {self.seconds}')
-    if not 0 <= self.block_seconds < math.inf:
-      raise ValueError(f'block_seconds must not be negative, found {self.block_seconds}')
+    for name in ('block_seconds', 'story_context'):
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ValueError(f'{name} must not be negative, found {getattr(self, name)}')
     if self.mulan_levels < 0:
       raise ValueError(f'mulan_levels must not be negative, found {self.mulan_levels}')
     if any(not 0 <= share < 1 for share in self.overlap.values()):
@@ -111,7 +116,7 @@ class Plan:
   block: int
 
 
-def plan(networks: Networks, settings: Settings, *, given: int = 0, changes: Sequence[int] = ()) -> Plan:
+def plan(networks: Networks, settings: Settings, condition: Condition = Condition(), *, given: int = 0) -> Plan:
   """Planned backwards: each stage covers all that the next one needs. Raises ValueError where a stage is missing."""
   stages = networks.stages
   names = chain.order(stages)
@@ -120,8 +125,10 @@ def plan(networks: Networks, settings: Settings, *, given: int = 0, changes: Seq
   made_by = {stages[name].target.name: name for name in names}
   for name in reversed(names):
     stage = stages[name]
-    found[name] = windows.cover(stage, needed[name], overlap=settings.overlap_of(name), given=given,
-                                changes=changes if stage.timeless else ())
+    # What the acoustic stages continue is the sound; what the semantic stage continues is what is played.
+    context = None if stage.target.feature == 'acoustic' else windows.ticks(settings.story_context)
+    changes = {piece.tick: context if piece.new else None for piece in condition.pieces[1:] if stage.timeless}
+    found[name] = windows.cover(stage, needed[name], overlap=settings.overlap_of(name), given=given, changes=changes)
     for spec in stage.conditions:
       if spec.frame_rate:
         source = made_by[spec.name]
@@ -149,7 +156,7 @@ def blocks(networks: Networks, condition: Condition, settings: Settings, keys_B:
   With `lead`, the first block begins that many ticks earlier, with what the codec makes of the end of what is given.
   """
   given = given or Given(0, {})
-  planned = plan(networks, settings, given=given.ticks, changes=condition.changes)
+  planned = plan(networks, settings, condition, given=given.ticks)
   runners = _runners(networks, planned, condition, settings, keys_B, given)
   acoustic = sorted((r for r in runners if r.spec.feature == 'acoustic'), key=lambda r: r.spec.first_level)
   decoder = _Decoder(networks, acoustic, len(keys_B))

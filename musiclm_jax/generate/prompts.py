@@ -146,7 +146,7 @@ def _pieces(networks: Networks, story: Story, expected_PxE: np.ndarray, offset: 
   tokens_Px1xQ = _tokens(networks, np.stack([embedding_E for _, embedding_E in found]))
   # Where two fall on one tick of the grid, the later one holds.
   latest = {tick: tokens_1xQ[None] for (tick, _), tokens_1xQ in zip(found, tokens_Px1xQ)}
-  return tuple(Piece(tick, tokens) for tick, tokens in sorted(latest.items()))
+  return tuple(Piece(tick, tokens, new=not story.crossfade) for tick, tokens in sorted(latest.items()))
 
 
 def _tokens(networks: Networks, embedding_PxE: np.ndarray) -> np.ndarray:

@@ -4,9 +4,10 @@ Times are whole ticks (`specs.TICKS_PER_SECOND`), so windows of all streams meet
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 import dataclasses
 import math
+import types
 from typing import NamedTuple
 
 from musiclm_jax import specs
@@ -59,16 +60,16 @@ class Windows:
     return all(w.start == w.first for w in self.windows)
 
 
-def cover(stage: Stage, needed: int, *, overlap: float, given: int = 0, changes: Sequence[int] = (),
-          limit: int | None = None) -> Windows:
+def cover(stage: Stage, needed: int, *, overlap: float, given: int = 0,
+          changes: Mapping[int, int | None] = types.MappingProxyType({}), limit: int | None = None) -> Windows:
   """The fewest windows of the stage's crop that cover `needed` ticks; one shorter window where that is enough.
 
   Args:
     overlap: share of a window that repeats the end of the one before. MusicLM advances the semantic stage by half of
       its 30 s (arXiv 2301.11325, section 5); AudioLM's fine stage has none (arXiv 2209.03143, section III-C).
     given: ticks at the beginning that are known and not sampled.
-    changes: ticks, in ascending order, at which a new window begins whatever is left of the one before: there is
-      another text from there on.
+    changes: ticks at which a new window begins whatever is left of the one before, because there is another text from
+      there on, and how many ticks before it that window sees at most (None: as any other).
     limit: a tick that no window may cross, because the conditions end there; at least `needed`.
   """
   step = grid(stage)
@@ -78,7 +79,8 @@ def cover(stage: Stage, needed: int, *, overlap: float, given: int = 0, changes:
   shared = int(window * overlap) // step * step
   found, first = [], given
   while first < needed:
-    start = max(0, first - shared)
+    most = changes.get(first)
+    start = max(0, first - (shared if most is None else min(shared, most // step * step)))
     if limit is not None:
       start = max(0, min(start, limit - window))
     last = min([start + window, *(change for change in changes if change > first)])

@@ -10,6 +10,7 @@ the new text scores above the old one, by MuLan and by the judge of the report, 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -114,7 +115,7 @@ def first_audio(networks: CascadeNetworks) -> list[str]:
   return rows
 
 
-def stories(root: pathlib.Path, networks: CascadeNetworks, count: int, seed: int) -> list[str]:
+def stories(root: pathlib.Path, networks: CascadeNetworks, count: int, seed: int, settings: Settings) -> list[str]:
   """Pairs of held-out clips of different leads: their texts in turn, and what the halves sound like."""
   measure = evaluate._Measure(root, seed, evaluate.Amounts(clips=400, judge_clips=600))
   heard_NxT, examples = measure.held_out
@@ -126,10 +127,10 @@ def stories(root: pathlib.Path, networks: CascadeNetworks, count: int, seed: int
   pairs = [(i, i + 1) for i in range(0, len(leads) - 1) if leads[i] != leads[i + 1]][:count]
   texts = measure.texts(examples, 'test')
   ours, theirs = {'MuLan': [], 'judge': []}, {'MuLan': [], 'judge': []}
-  half = 15.0
+  half = settings.seconds / 2
   for number, (i, j) in enumerate(pairs):
     request = Request(story=Story(((0.0, texts[i]), (half, texts[j]))))
-    audio_N = np.concatenate(list(modes.music(networks, request, Settings(seconds=2 * half), seed=seed + number)))
+    audio_N = np.concatenate(list(modes.music(networks, request, settings, seed=seed + number)))
     embedding_2xE = np.asarray(networks.embed_text(networks.text_ids([texts[i], texts[j]])))
     new = audio_N[round(half * networks.sample_rate):]
     for scores, piece_N in ((ours, new), (theirs, round_trip(heard_NxT[j:j + 1])[0])):
@@ -158,6 +159,8 @@ def main() -> None:
   parser.add_argument('--minutes', type=float, default=10.0)
   parser.add_argument('--stories', type=int, default=20)
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--story_context', type=float, default=0.0, help='as of musiclm generate')
+  parser.add_argument('--guidance', type=float, default=1.0, help='of the stories')
   args = parser.parse_args()
   networks = CascadeNetworks(Cascade(args.workdir))
   show = lambda *rows: print(*rows, sep='\n', flush=True)
@@ -174,8 +177,10 @@ def main() -> None:
   if 'first' in args.only:
     show('', '| length | block | first audio | all of it | share |', '|---|---|---|---|---|', *first_audio(networks))
   if 'stories' in args.only:
+    sampling = {name: dataclasses.replace(s, guidance=args.guidance) for name, s in pipeline.PAPER_SAMPLING.items()}
+    settings = Settings(seconds=30.0, sampling=sampling, story_context=args.story_context)
     show('', '| the new text above the old one | after the change | recordings that the new text describes |',
-         '|---|---|---|', *stories(pathlib.Path(args.workdir), networks, args.stories, args.seed))
+         '|---|---|---|', *stories(pathlib.Path(args.workdir), networks, args.stories, args.seed, settings))
 
 
 if __name__ == '__main__':

@@ -96,6 +96,8 @@ P = ('--prompt', 'slow piano')
     (['--story', '0:00 a, 0:05'], 2, 'no text at 0:05'), (['--story', 'no.txt'], 1, 'no.txt'),
     (['--story', '0:00 a, 0:10 b', '--seconds', '10'], 1, 'more seconds'),
     (['--story', '0:00 a, 0:01 b', '--crossfade', '5'], 2, 'does not fit'), ([*P, '--crossfade', '5'], 2, 'needs --st'),
+    ([*P, '--story_context', '1'], 2, 'needs --story'),
+    (['--story', '0:00 a, 0:01 b', '--story_context', '-1'], 1, 'story_context must not be negative'),
     # clips
     (['--style_audio', 'no.wav'], 1, "no file 'no.wav'"), (['--style_audio', '.'], 1, "no file '.'"),
     (['--style_audio', 'short.wav'], 1, 'short.wav: too short'), (['--style_audio', 'long.flac'], 1, 'flac: too long'),

@@ -126,12 +126,14 @@ def test_each_window_of_a_story_hears_the_text_of_its_time(crossfade):
   tokens = {text: pipeline.text_tokens(networks, [text])[0, 0, 0] for _, text in told.entries}
   for name in ('semantic', 'coarse'):
     condition = prompts.describe(networks, (), told, 4.0).condition
-    plan = pipeline.plan(networks, Settings(seconds=4.0), changes=condition.changes).windows[name]
+    plan = pipeline.plan(networks, Settings(seconds=4.0), condition).windows[name]
     heard = [rows[0, 0] for asked, rows, _ in networks.asked if asked == name]
     assert len(heard) == len(plan.windows)
     for window, row in zip(plan.windows, heard):
       assert row == condition.at(window.first)[0, 0, 0], 'the tokens of the time at which the window goes on'
       assert condition.at(window.first) is condition.at(window.last - 1), 'no window says both'
+      if window.first in (600, 1800) and not crossfade:
+        assert (window.start == window.first) == (name == 'semantic'), 'only the sound goes on'
       if not crossfade:
         text = [text for time, text in told.entries if time * 600 <= window.first][-1]
         assert row == tokens[text]

@@ -41,16 +41,18 @@ def test_a_short_request_is_one_short_window(needed):
   assert len(plan.windows) == 1 and plan.total == windows.ticks(needed)
 
 
-@hypothesis.given(st.sampled_from(STAGES), st.integers(1, 300), st.integers(0, 100), st.lists(st.integers(1, 299)))
+@hypothesis.given(st.sampled_from(STAGES), st.integers(1, 300), st.integers(0, 100), st.dictionaries(
+    st.integers(1, 299), st.sampled_from([None, 0, 1, 9])))
 def test_what_is_kept_is_everything_once_and_never_across_a_change(stage, needed, given, changes):
   grid = windows.grid(stage)
   given, needed = given * grid, (given + needed) * grid
-  changes = sorted({c * grid for c in changes})
+  changes = {c * grid: seen if seen is None else seen * grid for c, seen in changes.items()}
   plan = windows.cover(stage, needed, overlap=0.5, given=given, changes=changes)
   edge = given
   for window in plan.windows:
     assert window.first == edge and window.start <= window.first < window.last <= window.start + plan.window
-    assert window.start == max(0, window.first - plan.overlap)
+    seen = changes.get(window.first)
+    assert window.start == max(0, window.first - min(plan.overlap, plan.overlap if seen is None else seen))
     assert not any(window.first < c < window.last for c in changes)
     edge = window.last
   assert edge >= needed and plan.windows[-1].first < needed
