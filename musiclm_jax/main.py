@@ -319,7 +319,8 @@ def _request(args: argparse.Namespace) -> Any:
   if len(chosen) > 1 or not (chosen or of_a_clip):
     raise UsageError(f'give one of {", ".join(ways)}' + (f'; found {" and ".join(chosen)}' if chosen else ''))
   for flag, needs in (('crossfade', 'story'), ('story_context', 'story'), ('continue_at', 'continue_audio'),
-                      ('drop_clip', 'continue_audio'), ('gap', 'infill_audio'), ('infill_audio', 'gap')):
+                      ('drop_clip', 'continue_audio'), ('gap', 'infill_audio'),
+                      ('infill_audio', 'gap')):
     if getattr(args, flag) and not getattr(args, needs):
       raise UsageError(f'--{flag} needs --{needs}')
   for flag in ('continue_audio', 'story', 'seconds'):
