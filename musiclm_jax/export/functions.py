@@ -24,7 +24,7 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-  """`run(model, *arguments)`, with the shapes of its arguments: dimensions are numbers, or expressions of `open_`.
+  """`run(model, *arguments)`, with the shapes of its arguments: dimensions are numbers, or expressions of open ones.
 
   Attributes:
     arguments: trees of (dtype, dimension, ...), as (jnp.float32, 'b', '480*f').

@@ -10,7 +10,7 @@ from jax import export
 
 # Checks of shapes, which vanish in the compiler. Any other call leads out of the program, to code of the machine.
 _CALLS = {'shape_assertion'}
-_CALL = re.compile(r'custom_call @(?:"((?:[^"\\]|\\.)*)"|([^\s("]+))')
+_CALL = re.compile(r'(?:custom_call @|call_target_name = )(?:"((?:[^"\\]|\\.)*)"|([^\s("]+))')
 
 
 class Program:
@@ -30,9 +30,13 @@ class Program:
       self.weights, *self.arguments = arguments
       plain = isinstance(self.weights, Mapping) and not keywords and found.nr_devices == 1
       plain = plain and not found.ordered_effects and not found.unordered_effects
+      plain = plain and all(type(size) is int for array in self.weights.values() for size in array.shape)
     except Exception as error:  # of many kinds: the content may be anything
       raise ValueError(f'{name} cannot be read by JAX {jax.__version__}: it is of a later version, or damaged; export '
                        'it again, or fetch it again') from error
+    if (platform := export.default_export_platform()) not in found.platforms:
+      raise ValueError(f'{name} is for {", ".join(found.platforms)}, and JAX computes on {platform} here: set '
+                       'JAX_PLATFORMS=cpu')
     calls = {quoted or bare for quoted, bare in _CALL.findall(module)} - _CALLS
     if calls or not plain:
       what = f'calls {min(calls)[:80]!r} on the machine' if calls else 'is no plain function'

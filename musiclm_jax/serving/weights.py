@@ -39,7 +39,8 @@ def read(files: Files, network: str, wanted: Mapping[str, Any]) -> dict[str, np.
   try:
     found = dict(safetensors.deserialize(content))
   except Exception as error:  # the library's own, and others for names that are no text
-    raise ValueError(f'{name} is no safetensors file: {str(error).splitlines()[0][:200]}; do not use it') from error
+    cause = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    raise ValueError(f'{name} is no safetensors file: {cause}; do not use it') from error
   if found.keys() != wanted.keys():
     odd = min(found.keys() ^ wanted.keys())
     raise ValueError(f'{name} {"has" if odd in found else "lacks"} the array {odd[:80]!r}, unlike the functions; do '

@@ -251,6 +251,20 @@ def test_a_function_that_calls_the_machine_is_refused(bundle):
   refused(bundle, "calls 'steal' on the machine")
 
 
+def test_a_function_that_leaves_its_weights_open_is_refused(bundle):
+  (size,) = export.symbolic_shape('n')
+  weights = {'a': jax.ShapeDtypeStruct((size,), jnp.float32)}
+  made = export.export(jax.jit(lambda weights: weights['a'].sum()), platforms=['cpu'])(weights)
+  put(bundle, 'functions/codec.decode.stablehlo', bytes(made.serialize()))
+  refused(bundle, 'is no plain function')
+
+
+def test_a_function_for_another_machine_is_refused(bundle):
+  made = export.export(jax.jit(lambda weights: weights['a'].sum()), platforms=['tpu'])({'a': jnp.ones(3)})
+  put(bundle, 'functions/codec.decode.stablehlo', bytes(made.serialize()))
+  refused(bundle, 'is for tpu, and JAX computes on cpu here')
+
+
 def test_functions_of_other_networks_are_refused(bundle):
   put(bundle, 'functions/codec.decode.stablehlo', (bundle / 'functions/mulan.tokens.stablehlo').read_bytes())
   refused(bundle, 'the functions of codec take different weights')
