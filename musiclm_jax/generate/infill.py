@@ -78,15 +78,19 @@ def fill(networks: Networks, gap: Gap, prompts: Sequence[Prompt], settings: Sett
                                       offset=place.left)
   condition = dataclasses.replace(description.condition if settings.mulan_levels else Condition(),
                                   levels=settings.mulan_levels)
-  acoustic_BxFxQ = _tokens(networks, place, left, right, condition, settings, pipeline.prompt_keys(seed, candidates))
-  made, _ = networks.decode_step(acoustic_BxFxQ[:1], networks.decode_state(1))
-  made_N = np.clip(np.asarray(made)[0], -1, 1)
-  fade = samples(clips.FADE_TICKS)
-  begin, end = samples(place.left), samples(place.end)
-  new_N = made_N[begin - fade:end + fade].copy()
-  new_N[:fade] = clips.faded(audio_N[first - fade:first], new_N[:fade])
-  new_N[-fade:] = clips.faded(new_N[-fade:], audio_N[behind:behind + fade])
-  return iter([audio_N[:first - fade], new_N, audio_N[behind + fade:]])
+  fade, begin, end = samples(clips.FADE_TICKS), samples(place.left), samples(place.end)
+
+  def pieces() -> Iterator[np.ndarray]:
+    yield audio_N[:first - fade]
+    acoustic_BxFxQ = _tokens(networks, place, left, right, condition, settings, pipeline.prompt_keys(seed, candidates))
+    made, _ = networks.decode_step(acoustic_BxFxQ[:1], networks.decode_state(1))
+    new_N = np.clip(np.asarray(made)[0, begin - fade:end + fade], -1, 1)
+    new_N[:fade] = clips.faded(audio_N[first - fade:first], new_N[:fade])
+    new_N[-fade:] = clips.faded(new_N[-fade:], audio_N[behind:behind + fade])
+    yield new_N
+    yield audio_N[behind + fade:]
+
+  return pieces()
 
 
 def _place(networks: Networks, gap: Gap, length: int, settings: Settings) -> tuple[_Place, int]:
