@@ -135,13 +135,3 @@ def write_signals(folder: str | os.PathLike, *, clips: int = 30, held_out: int =
   records.finish(folder, header, {'train': shards, 'test': 1})
   return pathlib.Path(folder)
 
-
-def make_cascade(folder: str | os.PathLike) -> pathlib.Path:
-  """The workdir of a whole cascade at size nano that learned next to nothing, as `generate` wants it."""
-  folder = pathlib.Path(folder)
-  workdir = make_networks(folder / 'workdir', write_signals(folder / 'audio'))
-  tokens = write_tokens(folder / 'tokens')
-  for name in STAGES:
-    built = experiment(name, tokens, NUM_STEPS=0, **{'partition.Partitioner.data': 1})
-    built.build(workdir=str(workdir / name), dry_run=False)
-  return workdir

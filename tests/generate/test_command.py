@@ -138,17 +138,17 @@ def test_audiolm_from_its_tokens_to_music(folder, capsys, monkeypatch):
   """No MuLan anywhere, and a stage without conditions; the rate is that of the codec, here 24 kHz."""
   monkeypatch.undo()
   monkeypatch.chdir(folder)
-  workdir = trainings.make_cascade(folder / 'nano')
-  for name in ('mulan', 'mulan_tokens', 'semantic_lm', 'coarse_lm', 'fine_lm'):
+  audio = trainings.write_signals(folder / 'nano' / 'audio')
+  workdir = trainings.make_networks(folder / 'nano' / 'workdir', audio)
+  for name in ('mulan', 'mulan_tokens'):
     shutil.rmtree(workdir / name)
   with pytest.raises(SystemExit) as stopped:
-    main.main(['extract', '--input', str(folder / 'nano' / 'audio'), '--workdir', str(workdir), '--output', 'tokens',
-               '--without', 'mulan'])
+    main.main(['extract', '--input', str(audio), '--workdir', str(workdir), '--output', 'tokens', '--without', 'mulan'])
   assert stopped.value.code == 0
-  conditions = {'semantic_lm': '()', 'coarse_lm': '(%SEMANTIC_TOKENS,)', 'fine_lm': '(%COARSE_TOKENS,)'}
-  for name, given in conditions.items():
-    built = trainings.experiment(name, folder / 'tokens', NUM_STEPS=1, **{
-        'partition.Partitioner.data': 1, 'specs.Stage.conditions': given})
+  recipe = {'semantic_lm': {'SEMANTIC_CONDITIONS': '()'}, 'fine_lm': {},  # token_lm/audiolm.gin
+            'coarse_lm': {'COARSE_CONDITIONS': '(%SEMANTIC_TOKENS,)'}}
+  for name, given in recipe.items():
+    built = trainings.experiment(name, folder / 'tokens', NUM_STEPS=1, **{'partition.Partitioner.data': 1, **given})
     built.build(workdir=str(workdir / name), dry_run=False)
   capsys.readouterr()
   for argv in (['--unconditional', '--seconds', '1'], ['--continue_audio', 'good.wav', '--seconds', '1']):
@@ -161,11 +161,9 @@ def test_audiolm_from_its_tokens_to_music(folder, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_trained_cascade_generates_in_every_mode(folder, capsys, monkeypatch):
+def test_a_workdir_generates_in_every_mode(folder, nano_cascade, capsys, monkeypatch):
   monkeypatch.undo()
   monkeypatch.chdir(folder)
-  workdir = trainings.make_cascade(folder / 'nano')
-  capsys.readouterr()
   for argv in (P, ['--style_audio', 'good.wav', *P], ['--story', 'story.txt', '--seconds', '2'], ['--unconditional'],
                ['--continue_audio', 'good.wav'], ['--infill_audio', 'good.wav', '--gap', '1-2'],
                [*P, '--best_of', '2', '--negative_prompt', 'noise', '--guidance', '2']):
@@ -173,7 +171,7 @@ def test_a_trained_cascade_generates_in_every_mode(folder, capsys, monkeypatch):
     waves = []
     for name in ('a.wav', 'b.wav'):
       with pytest.raises(SystemExit) as stopped:
-        main.main(['generate', '--workdir', str(workdir), '--output', name, '--seed', '5', *argv, *more])
+        main.main(['generate', '--workdir', str(nano_cascade), '--output', name, '--seed', '5', *argv, *more])
       assert stopped.value.code == 0, capsys.readouterr().err
       waves.append((folder / name).read_bytes())
     assert waves[0] == waves[1]
