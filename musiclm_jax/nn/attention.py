@@ -23,6 +23,10 @@ _BLOCK = 128  # queries a block, where nobody chooses
 _FEW = 8  # queries at most whose logits are computed at once: there is nothing to save
 _SEGMENTS = 8  # lengths of visible keys at most that a causal pass is compiled for
 _TILE = 2 ** 16  # logits that stay in a core's cache
+# Logits of a head that an accelerator without a kernel for them computes at once: those of the paper's longest stage.
+# Blocks keep what they sum in memory; for the coarse stage on TPU v5e that is more traffic than the logits (`musiclm
+# plan`: 3,530 GB a step where it is 2,000).
+_WHOLE = 2304 ** 2
 
 
 def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, *, mask: jax.Array | None = None,
@@ -53,23 +57,24 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
     return jax.nn.dot_product_attention(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, is_causal=causal, implementation='cudnn')
   if kind == 'splash':
     return _splash(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, causal)
-  bias_BxHxR = None if bias_GxHxR is None else _of_each_example(bias_GxHxR, q_BxTxHxK.shape[0])
   if kind == 'xla':
-    return _plain(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_BxHxR, causal)
+    return _plain(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_GxHxR, causal)
   if causal and T > S:
     raise ValueError(f'causal attention of {T} queries to {S} keys: the first would see none')
+  bias_BxHxR = None if bias_GxHxR is None else _of_each_example(bias_GxHxR, q_BxTxHxK.shape[0])
   return _in_blocks(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_BxHxR, causal, block or _BLOCK)
 
 
 def fitting(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None, bias_GxHxR: jax.Array | None) -> str:
   """The fastest kind that can compute it on the devices of the step."""
-  T, platform = q_BxTxHxK.shape[1], axes.platform()
+  T, S, platform = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1], axes.platform()
   if T <= _FEW:
     return 'xla'
   kernel = {on: kind for kind, on in _PLATFORMS.items()}.get(platform)
   if kernel and not _obstacle(platform, q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR):
     return kernel
-  return 'blockwise'
+  whole = platform != 'cpu' and T * S <= _WHOLE and axes.parts('length') == 1
+  return 'xla' if whole else 'blockwise'
 
 
 def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None,
@@ -114,11 +119,16 @@ def by_distance(bias_R: jax.Array, T: int, S: int) -> jax.Array:
   return rows[..., :T, T - 1:]
 
 
-def _plain(q, k, v, mask, bias_BxHxR, causal):
+def _plain(q, k, v, mask, bias_GxHxR, causal):
   T, S = q.shape[1], k.shape[1]
   logits = jnp.einsum('BTHK,BSHK->BHTS', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-  if bias_BxHxR is not None:
-    logits = logits + by_distance(bias_BxHxR.astype(jnp.float32), T, S)
+  if bias_GxHxR is not None:  # spread over the logits once a group, and not once an example
+    bias_GxHxTxS = by_distance(bias_GxHxR.astype(jnp.float32), T, S)
+    if len(bias_GxHxTxS) == 1:
+      logits = logits + bias_GxHxTxS
+    else:
+      grouped = logits.reshape(len(bias_GxHxTxS), -1, *logits.shape[1:])
+      logits = (grouped + bias_GxHxTxS[:, None]).reshape(logits.shape)
   if causal:
     seen = jnp.arange(S)[None, :] <= jnp.arange(T)[:, None] + (S - T)
     mask = seen if mask is None else mask & seen

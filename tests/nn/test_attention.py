@@ -67,6 +67,7 @@ def test_values_and_gradients_are_those_of_the_formula(shape, causal, groups):
 def test_all_logits_at_once_are_those_of_the_formula(shape):
   *sizes, _ = shape
   compare(arrays(*sizes, groups=1, masked='places'), causal=True, kind='xla')
+  compare(arrays(6, *sizes[1:], groups=3), causal=True, kind='xla')
 
 
 @pytest.mark.parametrize('masked', ['keys', 'places', 'heads', 'all'])
@@ -169,9 +170,10 @@ def test_a_kernel_that_cannot_do_it_is_refused_in_a_line(platform, kind, changes
 
 
 @pytest.mark.parametrize('platform, changes, kind', [
-    ('cpu', {}, 'blockwise'), ('gpu', {}, 'cudnn'), ('tpu', {}, 'splash'), ('gpu', {'groups': 1}, 'blockwise'),
-    ('tpu', {'groups': 1}, 'blockwise'), ('gpu', {'masked': 'keys'}, 'blockwise'), ('gpu', {'K': 12}, 'blockwise'),
-    ('tpu', {'S': 48}, 'blockwise'), ('cpu', {'T': 1}, 'xla'), ('tpu', {'T': 1}, 'xla')])
+    ('cpu', {}, 'blockwise'), ('gpu', {}, 'cudnn'), ('tpu', {}, 'splash'), ('gpu', {'groups': 1}, 'xla'),
+    ('tpu', {'groups': 1}, 'xla'), ('gpu', {'masked': 'keys'}, 'xla'), ('gpu', {'K': 12}, 'xla'),
+    ('tpu', {'S': 48}, 'xla'), ('cpu', {'T': 1}, 'xla'), ('tpu', {'T': 1}, 'xla'),
+    ('tpu', {'groups': 1, 'T': 3000, 'S': 3000}, 'blockwise')])
 def test_the_device_decides(platform, changes, kind):
   q, k, v, mask, bias = arrays(**{'B': 1, 'T': 40, 'S': 40, 'H': 2, 'K': 16, **changes})
   with axes.constraining(On(platform)):
