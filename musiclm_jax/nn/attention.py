@@ -23,9 +23,9 @@ _BLOCK = 128  # queries a block, where nobody chooses
 _FEW = 8  # queries at most whose logits are computed at once: there is nothing to save
 _SEGMENTS = 8  # lengths of visible keys at most that a causal pass is compiled for
 _TILE = 2 ** 16  # logits that stay in a core's cache
-# Logits of a head that an accelerator without a kernel for them computes at once: faster than blocks where memory allows
-# it. For the coarse stage on 16 TPU v5e, 2262 positions and 16 examples a chip, `musiclm plan` has 4.1 s and 16.5 GiB
-# with all logits at once, 5.4 s and 10.3 GiB in blocks.
+# Logits of a head that an accelerator without a kernel for them computes at once, which is faster than blocks and takes
+# more memory: for the coarse stage on 16 TPU v5e, 2262 positions and 16 examples a chip, `musiclm plan` has 4.1 s and
+# 16.5 GiB with all logits at once, 5.4 s and 10.3 GiB in blocks.
 _WHOLE = 1024 ** 2
 
 
