@@ -79,5 +79,6 @@ def run(fit: Fit, buffers: Any, rows_NxD: np.ndarray, partitioner: Partitioner, 
         batch = partitioner.global_batch({'rows': rows, 'weight': weight})
         part = _statistics(fit, buffers, batch['rows'], batch['weight'], phase=phase)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
-      buffers, metrics = _fitted(fit, buffers, total, phase=phase)
+      # Passes that are in flight at once would share the devices' threads where devices are simulated.
+      buffers, metrics = jax.block_until_ready(_fitted(fit, buffers, total, phase=phase))
       yield phase, done, buffers, metrics
