@@ -46,8 +46,8 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
 
   Raises ValueError for a kernel that cannot do what is asked, with the reason.
   """
-  T, S = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1]
-  if not (isinstance(T, int) and isinstance(S, int)):  # lengths that an exported program leaves open cannot be cut
+  B, T, S = *q_BxTxHxK.shape[:2], k_BxSxHxK.shape[1]
+  if not all(isinstance(n, int) for n in (B, T, S)):  # what an exported program leaves open cannot be cut
     kind = 'xla'
   if kind == 'auto':
     kind = fitting(q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)
