@@ -44,8 +44,9 @@ class Cascade:
     return checkpoint.load(self.places[role])
 
   @functools.cache
-  def function(self, role: str, method: str, *, parallel: bool = False) -> Callable[..., Any]:
-    """A method of the network, compiled; `parallel` splits the rows of its arguments over this process's devices."""
+  def function(self, role: str, method: str | Callable[..., Any], *, parallel: bool = False) -> Callable[..., Any]:
+    """A method of the network, or a function `(model, *arrays)`, compiled; `parallel` splits the rows of its arguments
+    over this process's devices."""
     return states.compiled(self.part(role).model, method, parallel=parallel)
 
   @property

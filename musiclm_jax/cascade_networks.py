@@ -105,11 +105,7 @@ class CascadeNetworks:
     return self.cascade.part('codec').model.init_state(batch).decoder
 
   def decode_step(self, codes_BxFxQ, state):
-    return self._decode_step(codes_BxFxQ, state)
-
-  @functools.cached_property
-  def _decode_step(self):
-    return states.compiled(self.cascade.part('codec').model, decode_step)
+    return self.cascade.function('codec', decode_step)(codes_BxFxQ, state)
 
 
 def decode_step(codec: SoundStream, codes_BxFxQ, state: Any):

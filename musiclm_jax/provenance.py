@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import functools
 import hashlib
 import importlib.metadata
+import os
 import pathlib
 import platform
 from typing import Any
@@ -28,6 +29,12 @@ def code_digest() -> str:
     digest.update(f'{path.relative_to(root).as_posix()}\n'.encode())
     digest.update(path.read_bytes())
   return digest.hexdigest()[:16]
+
+
+def hash_file(path: str | bytes | os.PathLike) -> str:
+  """SHA-256 of a file's content, in hex."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 @functools.cache

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import hashlib
 import pathlib
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
+from musiclm_jax import provenance
 from musiclm_jax.mulan.model import VOCABULARY_ASSET
 from musiclm_jax.text import wordpiece
 
@@ -153,11 +153,7 @@ class _Weights:
 
   @property
   def content_hash(self) -> str:
-    digest = hashlib.sha256()
-    with open(self.file, 'rb') as file:
-      while block := file.read(1 << 20):
-        digest.update(block)
-    return f'published {digest.hexdigest()[:16]}'
+    return f'published {provenance.hash_file(self.file)[:16]}'
 
   def take_over(self, params: Any, buffers: Any) -> tuple[Any, Any]:
     if self.into not in params:

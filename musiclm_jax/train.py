@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from musiclm_jax import axes, provenance, specs
+from musiclm_jax import provenance, specs
 from musiclm_jax.data.prefetch import Prefetch
 from musiclm_jax.objective import Fit, Media, Objective
 from musiclm_jax.training import (
@@ -275,15 +275,9 @@ class _Run:
           configuration=configuration, data=getattr(batches, 'fingerprint', ''), seed=self.seed)
       checkpoints = stack.enter_context(checkpoint.Checkpoints(
           self.workdir, self.objective, lineage=lineage, made_with=made_with, **options))
-      stack.enter_context(self.on_mesh())
+      stack.enter_context(self.partitioner.active())
       self.configuration = configuration
       yield checkpoints
-
-  @contextlib.contextmanager
-  def on_mesh(self) -> Iterator[None]:
-    """Steps are traced in here."""
-    with jax.set_mesh(self.partitioner.mesh), axes.constraining(self.partitioner):
-      yield
 
   def trace(self, batch_size: int) -> jax.stages.Traced:
     """The step for a batch of this size, ready to be lowered. Raises ValueError where the mesh does not divide it."""
@@ -291,7 +285,7 @@ class _Run:
     laid_out = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     batch = {name: laid_out(rows, self.partitioner.of_rows)
              for name, rows in self.objective.batch_spec(batch_size).items()}
-    with self.on_mesh():
+    with self.partitioner.active():
       return self.step.trace(jax.tree.map(laid_out, self.abstract, self.shardings), batch,
                              laid_out(self.run_key, self.partitioner.replicated))
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from musiclm_jax import axes
 from musiclm_jax.training import checkpoint, optimizer as optimizers, state as states
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton
@@ -53,7 +52,7 @@ def fresh(objective, optimizer, batches, partitioner):
 
 
 def run(objective, optimizer, batches, partitioner, steps, *, microbatches=1):
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
+  with partitioner.active():
     skeleton, transform, shardings, state = fresh(objective, optimizer, batches, partitioner)
     step = jax.jit(states.make_step(objective, skeleton, transform, microbatches=microbatches),
                    out_shardings=(shardings, None))

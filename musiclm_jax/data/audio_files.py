@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import hashlib
 import os
 import re
 
@@ -16,6 +15,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from musiclm_jax import provenance
 from musiclm_jax.data.workers import Progress, Workers
 
 EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff', '.au', '.caf', '.w64')
@@ -225,9 +225,7 @@ def check(path: str | os.PathLike, min_seconds: float = 1.0, channels: int = 1) 
     raise AudioFault('too short', f'{frames / rate:.2f} s, at least {min_seconds:g} s are needed')
   if peak < SILENCE:
     raise AudioFault('silent', f'the largest sample is {peak:.1e}')
-  with open(path, 'rb') as file:
-    sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-  return AudioInfo(frames, rate, there, peak, sha256)
+  return AudioInfo(frames, rate, there, peak, provenance.hash_file(path))
 
 
 def segments(path: str | os.PathLike, segment_seconds: float, sample_rate: int = 24000,

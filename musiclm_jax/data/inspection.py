@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from musiclm_jax import provenance
 from musiclm_jax.data import records, token_counts
 from musiclm_jax.data.workers import Progress, Workers
 
@@ -176,7 +177,7 @@ def _read_records(path: pathlib.Path, shard: records.Shard, header: records.Head
     raise ValueError('its .json says that it belongs to another set')
   if (size := path.stat().st_size) != shard.bytes:
     raise ValueError(f'it has {size} bytes and should have {shard.bytes}')
-  changed = records.hash_file(path) != shard.sha256
+  changed = provenance.hash_file(path) != shard.sha256
   counts = {name: np.zeros((s['levels'], s['codebook_size']), np.int64)
             for name, s in header.streams.items() if header.kind == 'tokens'}
   seconds, kinds, keys, rows = [], [], [], []

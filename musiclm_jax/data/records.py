@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -27,6 +26,7 @@ import uuid
 from array_record.python import array_record_module
 import numpy as np
 
+from musiclm_jax import provenance
 from musiclm_jax.data import source
 from musiclm_jax.data.record_format import (
   audio_streams,
@@ -47,7 +47,7 @@ from musiclm_jax.data.record_format import (
 
 __all__ = [
     'FORMAT_VERSION', 'Header', 'Manifest', 'MANIFEST', 'RecordSet', 'Shard', 'Unfinished', 'audio_streams',
-    'channels_of', 'check', 'decode', 'difference', 'encode', 'finish', 'from_pcm', 'hash_file', 'open_shard',
+    'channels_of', 'check', 'decode', 'difference', 'encode', 'finish', 'from_pcm', 'open_shard',
     'read_manifest', 'replacing', 'rewrite', 'seconds_of', 'shard_done', 'shard_name', 'text_kinds_of', 'to_pcm',
     'token_streams', 'write_atomically', 'write_records', 'write_shard']
 
@@ -108,11 +108,6 @@ def _put(temporary: pathlib.Path, path: pathlib.Path) -> None:
     os.close(handle)
 
 
-def hash_file(path: pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
 def open_shard(path: str | os.PathLike) -> array_record_module.ArrayRecordReader:
   """Random access to the records of one file; RuntimeError or ValueError where it is not one."""
   return array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
@@ -154,7 +149,7 @@ def write_shard(directory: str | os.PathLike, split: str, index: int, count: int
     raise
   with open(temporary, 'rb') as file:
     os.fsync(file.fileno())
-  shard = Shard(path.name, len(seconds), temporary.stat().st_size, hash_file(temporary), sum(seconds))
+  shard = Shard(path.name, len(seconds), temporary.stat().st_size, provenance.hash_file(temporary), sum(seconds))
   sidecar.unlink(missing_ok=True)  # from here on the shard counts as missing, until its new description is there
   _put(temporary, path)
   kind_sets = sorted(set(kinds))

@@ -4,9 +4,9 @@ Shapes: B batch, G windows side by side, F frames, Q levels, L sequence length, 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,9 @@ class Source(Protocol):
 
   def advance(self, tick: int) -> None:
     """Makes the frames before `tick` available."""
+
+
+AnySource = TypeVar('AnySource', bound=Source)
 
 
 class Known:
@@ -224,6 +227,11 @@ def order(stages: Mapping[str, Stage]) -> list[str]:
   for stage in sorted(acoustic, key=lambda s: s.target.first_level):
     add(made_by[stage.target.name])
   return found
+
+
+def acoustic(sources: Iterable[AnySource]) -> list[AnySource]:
+  """Those of acoustic tokens, the first levels first."""
+  return sorted((s for s in sources if s.spec.feature == 'acoustic'), key=lambda s: s.spec.first_level)
 
 
 def grid(stages: Mapping[str, Stage], names: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from musiclm_jax import specs
-from musiclm_jax.generate import chain
+from musiclm_jax.generate import chain, windows
 from musiclm_jax.generate.networks import Networks
 from musiclm_jax.generate.pipeline import Given
 
@@ -22,7 +22,7 @@ _WINDOWS = 8  # that MuLan hears at a time
 
 def read(path: str | os.PathLike, sample_rate: int) -> np.ndarray:
   """A clip as mono float32 [N]. Raises ValueError, with its name, where it cannot be used, FileNotFoundError."""
-  from musiclm_jax.data import audio_files  # only who gives a clip needs a resampler, which is no part of the base
+  from musiclm_jax.data import audio_files  # and its resampler, which only who gives a clip needs
   if not os.path.isfile(path):
     raise FileNotFoundError(f'there is no file {os.fspath(path)!r}')
   try:
@@ -72,24 +72,22 @@ def tokens(networks: Networks, audio_N: np.ndarray, ticks: int) -> Given:
   names = chain.order(networks.stages)
   grid = chain.grid(networks.stages, names)
   rate, spec = networks.sample_rate, networks.codec_spec
-  samples = lambda t, at=rate: round(t * at / specs.TICKS_PER_SECOND)
-  length = len(audio_N) * specs.TICKS_PER_SECOND // rate // grid * grid
+  length = windows.whole(len(audio_N), rate, grid)
   heard = min(length, ticks + -(-_WARM_TICKS // grid) * grid)
-  acoustic = np.asarray(networks.acoustic_tokens(audio_N[None, len(audio_N) - samples(heard):]))
-  frames = round(ticks * spec.frame_rate / specs.TICKS_PER_SECOND)
-  found = {spec.feature: acoustic[:, acoustic.shape[1] - frames:]}
+  acoustic = np.asarray(networks.acoustic_tokens(audio_N[None, len(audio_N) - windows.samples(heard, rate):]))
+  found = {spec.feature: acoustic[:, acoustic.shape[1] - windows.frame(ticks, spec):]}
   for name in names:
     stage = networks.stages[name]
     if stage.target.feature == 'semantic':
       # Always as many samples as a crop of the stage has, as in its training.
       crop = max(ticks, int(stage.seconds * specs.TICKS_PER_SECOND) // grid * grid)
       heard = min(length, crop)
-      audio_N = resampled(audio_N[len(audio_N) - samples(heard):], rate, networks.semantic_rate)
-      padded_1xN = np.zeros((1, samples(crop, networks.semantic_rate)), np.float32)
+      audio_N = resampled(audio_N[len(audio_N) - windows.samples(heard, rate):], rate, networks.semantic_rate)
+      padded_1xN = np.zeros((1, windows.samples(crop, networks.semantic_rate)), np.float32)
       padded_1xN[0, :len(audio_N)] = audio_N[:padded_1xN.shape[1]]
       ids = np.asarray(networks.semantic_tokens(padded_1xN, np.array([len(audio_N)], np.int32)))
-      end = round(heard * stage.target.frame_rate / specs.TICKS_PER_SECOND)
-      found['semantic'] = ids[:, end - round(ticks * stage.target.frame_rate / specs.TICKS_PER_SECOND):end]
+      end = windows.frame(heard, stage.target)
+      found['semantic'] = ids[:, end - windows.frame(ticks, stage.target):end]
   return Given(ticks, found)
 
 

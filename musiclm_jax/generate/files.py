@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import soundfile
+
+from musiclm_jax.provenance import hash_file
 
 FORMATS = {'.wav': ('WAV', 'PCM_16'), '.flac': ('FLAC', 'PCM_16'), '.ogg': ('OGG', 'VORBIS')}
 # Called with the finished audio file and what will be in its sidecar; returns that, changed or not.
@@ -81,10 +82,10 @@ def write(path: str | os.PathLike, blocks: Iterator[np.ndarray], sample_rate: in
         samples += len(block_N)
     wall = time.monotonic() - begun
     told = None if about is None else {**about, 'seconds': samples / sample_rate, 'sample_rate': sample_rate,
-                                       'audio': path.name, 'audio_sha256': _sha256(partial)}
+                                       'audio': path.name, 'audio_sha256': hash_file(partial)}
     if after is not None:
       changed = after(partial, dict(told or {}))
-      told = None if told is None else {**changed, 'audio_sha256': _sha256(partial)}
+      told = None if told is None else {**changed, 'audio_sha256': hash_file(partial)}
   sidecar = None
   if told is not None:
     sidecar = sidecar_of(path)
@@ -102,8 +103,3 @@ def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

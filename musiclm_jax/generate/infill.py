@@ -68,7 +68,7 @@ def fill(networks: Networks, gap: Gap, prompts: Sequence[Prompt], settings: Sett
   rate = networks.sample_rate
   audio_N = clips.read(gap.audio, rate)
   place, first = _place(networks, gap, len(audio_N), settings)
-  samples = lambda ticks: round(ticks * rate / specs.TICKS_PER_SECOND)
+  samples = lambda ticks: windows.samples(ticks, rate)
   behind = first + samples(place.gap)
   left = clips.tokens(networks, audio_N[:first], place.left)
   right = clips.tokens(networks, audio_N[behind:behind + samples(place.right)], place.right)
@@ -76,8 +76,7 @@ def fill(networks: Networks, gap: Gap, prompts: Sequence[Prompt], settings: Sett
     prompts = (Prompt(audio=gap.audio),)
   description = descriptions.describe(networks, prompts, None, place.gap / specs.TICKS_PER_SECOND, negative=negative,
                                       offset=place.left)
-  condition = dataclasses.replace(description.condition if settings.mulan_levels else Condition(),
-                                  levels=settings.mulan_levels)
+  condition = pipeline.heard(description.condition, settings)
   fade, begin, end = samples(clips.FADE_TICKS), samples(place.left), samples(place.end)
 
   def pieces() -> Iterator[np.ndarray]:
@@ -104,9 +103,9 @@ def _place(networks: Networks, gap: Gap, length: int, settings: Settings) -> tup
   first = round(gap.begin * rate)
   ticks = -(-windows.ticks(gap.end - gap.begin) // grid) * grid
   longest = pipeline.context_ticks(networks, settings)
-  whole = lambda samples: min(longest, samples * specs.TICKS_PER_SECOND // rate // grid * grid)
-  behind = length - first - round(ticks * rate / specs.TICKS_PER_SECOND)
-  return _Place(whole(first), ticks, whole(behind)), first
+  known = lambda samples: min(longest, windows.whole(samples, rate, grid))
+  behind = length - first - windows.samples(ticks, rate)
+  return _Place(known(first), ticks, known(behind)), first
 
 
 def _tokens(networks: Networks, place: _Place, left: Given, right: Given, condition: Condition, settings: Settings,
@@ -130,7 +129,7 @@ def _tokens(networks: Networks, place: _Place, left: Given, right: Given, condit
       nats_B = _nats_behind(networks, name, place, sources, condition, codes_BxFxQ)
       codes_BxFxQ = np.repeat(codes_BxFxQ[int(np.argmin(nats_B))][None], batch, axis=0)
     found[target.name] = Known(target, codes_BxFxQ)
-  acoustic = sorted((k for k in found.values() if k.spec.feature == 'acoustic'), key=lambda k: k.spec.first_level)
+  acoustic = chain.acoustic(found.values())
   frames = windows.frame(place.total, acoustic[0].spec)
   return np.concatenate([known.frames.between(0, frames) for known in acoustic], axis=-1)
 

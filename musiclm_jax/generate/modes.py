@@ -7,15 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 import dataclasses
 import datetime
-import hashlib
 import operator
 import os
 from typing import Any
 
 import numpy as np
 
-from musiclm_jax import provenance, specs
-from musiclm_jax.generate import chain, clips, infill, pipeline, prompts as descriptions
+from musiclm_jax import provenance
+from musiclm_jax.generate import chain, clips, infill, pipeline, prompts as descriptions, windows
 from musiclm_jax.generate.infill import Gap
 from musiclm_jax.generate.networks import Networks
 from musiclm_jax.generate.pipeline import Given, Settings
@@ -140,8 +139,7 @@ def _begun(networks: Networks, continuation: Continuation, settings: Settings) -
                        f'on; name a time between {clips.MIN_SECONDS:g} and {seconds:.2f}')
     audio_N = audio_N[:round(continuation.at * rate)]
   grid = chain.grid(networks.stages, chain.order(networks.stages))
-  known = len(audio_N) * specs.TICKS_PER_SECOND // rate // grid * grid
-  ticks = min(known, pipeline.context_ticks(networks, settings))
+  ticks = min(windows.whole(len(audio_N), rate, grid), pipeline.context_ticks(networks, settings))
   return clips.tokens(networks, audio_N, ticks), audio_N
 
 
@@ -149,7 +147,7 @@ def _best(networks: Networks, description: Description, audio: Iterator[np.ndarr
           ) -> Iterator[np.ndarray]:
   """The candidate with the highest MuLan score, as one block [1, N]."""
   audio_BxN = np.concatenate(list(audio), axis=1)
-  new = round(lead * networks.sample_rate / specs.TICKS_PER_SECOND)
+  new = windows.samples(lead, networks.sample_rate)
   scores = [descriptions.score(networks, description, audio_N[new:], offset) for audio_N in audio_BxN]
   best = int(np.argmax(scores))
   yield audio_BxN[best:best + 1]
@@ -157,7 +155,7 @@ def _best(networks: Networks, description: Description, audio: Iterator[np.ndarr
 
 def _joined(front_N: np.ndarray, new: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
   """The recording, and behind it what is new, which begins with the codec's version of its last moment."""
-  fade = round(clips.FADE_TICKS * rate / specs.TICKS_PER_SECOND)
+  fade = windows.samples(clips.FADE_TICKS, rate)
   yield from np.array_split(front_N[:-fade], max(1, round(len(front_N) / rate / _BLOCK_SECONDS)))
   first = next(new)
   yield np.concatenate([clips.faded(front_N[-fade:], first[:fade]), first[fade:]])
@@ -195,5 +193,4 @@ def _shown(prompt: Prompt) -> dict[str, Any]:
 
 def _file(path: str) -> dict[str, str]:
   """The name of a file and what is in it; not where it lies."""
-  with open(path, 'rb') as file:
-    return {'audio': os.path.basename(path), 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
+  return {'audio': os.path.basename(path), 'sha256': provenance.hash_file(path)}

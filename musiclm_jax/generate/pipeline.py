@@ -158,8 +158,7 @@ def blocks(networks: Networks, condition: Condition, settings: Settings, keys_B:
   given = given or Given(0, {})
   planned = plan(networks, settings, condition, given=given.ticks)
   runners = _runners(networks, planned, condition, settings, keys_B, given)
-  acoustic = sorted((r for r in runners if r.spec.feature == 'acoustic'), key=lambda r: r.spec.first_level)
-  decoder = _Decoder(networks, acoustic, len(keys_B))
+  decoder = _Decoder(networks, chain.acoustic(runners), len(keys_B))
   before = decoder.audio(0, given.ticks, given.ticks).audio_BxN if given.ticks else None
   samples_left = specs.frames_in(settings.seconds, networks.sample_rate)
   for first in range(given.ticks, planned.total, planned.block):
@@ -168,18 +167,21 @@ def blocks(networks: Networks, condition: Condition, settings: Settings, keys_B:
     block = block._replace(audio_BxN=block.audio_BxN[:, :samples_left])
     samples_left -= block.audio_BxN.shape[1]
     if before is not None and lead:
-      lead_samples = round(lead * networks.sample_rate / specs.TICKS_PER_SECOND)
+      lead_samples = windows.samples(lead, networks.sample_rate)
       block = block._replace(audio_BxN=np.concatenate([before[:, -lead_samples:], block.audio_BxN], axis=1))
     before = None
     yield block
 
 
+def heard(condition: Condition, settings: Settings) -> Condition:
+  """What the stages hear of a condition: as many levels as the settings say, and nothing at all of none."""
+  return dataclasses.replace(condition if settings.mulan_levels else Condition(), levels=settings.mulan_levels)
+
+
 def _runners(networks: Networks, planned: Plan, condition: Condition, settings: Settings, keys_B: jax.Array,
              given: Given) -> list[Sampled]:
   found: dict[str, Sampled] = {}
-  if not settings.mulan_levels:
-    condition = Condition()
-  condition = dataclasses.replace(condition, levels=settings.mulan_levels)
+  condition = heard(condition, settings)
   for number, (name, windows_of_stage) in enumerate(planned.windows.items()):
     stage = networks.stages[name]
     shape = (len(keys_B), 0, stage.target.levels)

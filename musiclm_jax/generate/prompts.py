@@ -9,7 +9,6 @@ import dataclasses
 
 import numpy as np
 
-from musiclm_jax import specs
 from musiclm_jax.generate import chain, clips, story as stories, windows
 from musiclm_jax.generate.chain import Condition, Piece
 from musiclm_jax.generate.networks import Networks
@@ -105,7 +104,7 @@ def score(networks: Networks, description: Description, audio_N: np.ndarray, off
   """MuLan's cosine between audio and what was asked for, averaged over its sections by their length."""
   rate, total, ticks = networks.sample_rate, 0.0, 0
   for section in description.sections:
-    first, last = (round((tick - offset) * rate / specs.TICKS_PER_SECOND) for tick in (section.first, section.last))
+    first, last = (windows.samples(tick - offset, rate) for tick in (section.first, section.last))
     embedding_E = clips.embed(networks, audio_N[first:last], rate)
     total += float(embedding_E @ section.embedding_E) * (section.last - section.first)
     ticks += section.last - section.first

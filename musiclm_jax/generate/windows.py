@@ -23,6 +23,16 @@ def frame(tick: int, spec: TokenSpec) -> int:
   return round(tick * spec.frame_rate / specs.TICKS_PER_SECOND)
 
 
+def samples(tick: int, sample_rate: int) -> int:
+  """Index of the sample at `tick`."""
+  return round(tick * sample_rate / specs.TICKS_PER_SECOND)
+
+
+def whole(count: int, sample_rate: int, step: int) -> int:
+  """Ticks, a multiple of `step`, that lie within so many samples."""
+  return count * specs.TICKS_PER_SECOND // sample_rate // step * step
+
+
 def grid(stage: Stage) -> int:
   """Ticks between times at which every stream of the stage has a frame boundary."""
   return math.lcm(*(round(specs.TICKS_PER_SECOND / s.frame_rate) for s in stage.streams if s.frame_rate))

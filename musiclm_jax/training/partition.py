@@ -1,7 +1,8 @@
 """The only file that knows devices: the mesh, and which logical axis is split over which mesh axis."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import math
@@ -138,6 +139,12 @@ class Partitioner:
     opt_state = jax.tree_util.tree_map_with_path(slot, abstract.opt_state)
     ema = params if abstract.ema else {}
     return TrainState(self.replicated, params, buffers, opt_state, ema)
+
+  @contextlib.contextmanager
+  def active(self) -> Iterator[None]:
+    """Steps are traced in here: on this mesh, with this partitioner's answers to `axes`."""
+    with jax.set_mesh(self.mesh), axes.constraining(self):
+      yield
 
   def constrain(self, x: jax.Array, names: tuple) -> jax.Array:
     """What `axes.constrain` does inside a step."""

@@ -90,20 +90,6 @@ SMALL = (('MULAN_AUDIO_WIDTH', WIDTH), ('MULAN_AUDIO_DEPTH', DEPTH), ('MULAN_AUD
          ('MULAN_STRIDE_FRAMES', PATCH), ('MULAN_STRIDE_BANDS', PATCH), ('MULAN_REMAT', False), ('MULAN_CHUNKS', 1))
 
 
-def torch_step(parameters, loss):
-  import torch
-  optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
-
-  def run():
-    optimizer.zero_grad()
-    value = loss()
-    value.backward()
-    optimizer.step()
-    return value.item()
-
-  return run
-
-
 def ast_and_bert(batch: int) -> tuple[Calls, dict[str, Any]]:
   import torch
   from torch.nn import functional
@@ -128,7 +114,7 @@ def ast_and_bert(batch: int) -> tuple[Calls, dict[str, Any]]:
     return (functional.cross_entropy(score, right) + functional.cross_entropy(score.T, right)) / 2
 
   parameters = [*model.parameters(), temperature]
-  return {STEP: torch_step(parameters, loss)}, {'parameters': sum(p.numel() for p in parameters)}
+  return {STEP: turns.torch_step(parameters, loss, LEARNING_RATE)}, {'parameters': sum(p.numel() for p in parameters)}
 
 
 def musiclm_pytorch(batch: int, dropping: bool) -> tuple[Calls, dict[str, Any]]:
@@ -148,7 +134,8 @@ def musiclm_pytorch(batch: int, dropping: bool) -> tuple[Calls, dict[str, Any]]:
   augment = model.audio.aug
   model.audio.aug = torch.nn.Sequential(augment[0], Magnitude(), *augment[1:])
   loss = lambda: model(mel, texts=text)
-  return {STEP: torch_step(model.parameters(), loss)}, {'parameters': sum(p.numel() for p in model.parameters())}
+  calls = {STEP: turns.torch_step(model.parameters(), loss, LEARNING_RATE)}
+  return calls, {'parameters': sum(p.numel() for p in model.parameters())}
 
 
 def Magnitude():

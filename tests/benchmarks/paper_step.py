@@ -47,14 +47,14 @@ def batch_of(objective: Objective, size: int) -> dict[str, np.ndarray]:
   return {**batch, 'slot': np.arange(size, dtype=np.int32)}
 
 
-def compiled_step(experiment: config.Experiment, batch: int) -> tuple[Any, Any]:
-  """A function that makes the state, and the compiled step, whose state is donated."""
+def compiled_step(experiment: config.Experiment, batch: int, dtype: Any = jnp.float32) -> tuple[Any, Any]:
+  """A function that makes the state, and the compiled step, whose state is donated; it computes in `dtype`."""
   objective = experiment.argument('objective')
   skeleton = states.Skeleton.of(objective)
   transform = optimizers.by_group(objective, states.nnx.to_pure_dict(skeleton.params), experiment.argument('optimizer'))
   create = jax.jit(lambda: states.create(objective, transform, jax.random.key(0), keep_ema=False))
   key = jax.eval_shape(lambda: jax.random.key(0))
-  step = jax.jit(states.make_step(objective, skeleton, transform), donate_argnums=0)
+  step = jax.jit(states.make_step(objective, skeleton, transform, compute_dtype=dtype), donate_argnums=0)
   return create, step.lower(jax.eval_shape(create), objective.batch_spec(batch), key).compile()
 
 

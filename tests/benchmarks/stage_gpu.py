@@ -31,9 +31,9 @@ from musiclm_jax.token_lm.draw import Sampling
 from musiclm_jax.token_lm.objective import NextToken
 from musiclm_jax.token_lm.sample import sample
 from musiclm_jax.token_lm.sequence import Layout
-from musiclm_jax.training import optimizer as optimizers, state as states
+from musiclm_jax.training import state as states
 from tests.benchmarks import turns
-from tests.benchmarks.paper_step import batch_of, stage_of
+from tests.benchmarks.paper_step import batch_of, compiled_step, stage_of
 
 SECONDS = 30.0
 
@@ -61,13 +61,9 @@ def operations(objective: NextToken) -> float:
 def train(stage: str, positions: str, args: argparse.Namespace, products: float) -> None:
   experiment = stage_of(args.size, stage, LM_POSITIONS=positions, LM_REMAT=args.remat, LM_DROPOUT=0.0)
   objective = experiment.argument('objective')
-  skeleton = states.Skeleton.of(objective)
-  transform = optimizers.by_group(objective, nnx.to_pure_dict(skeleton.params), experiment.argument('optimizer'))
-  key = jax.random.key(0)
-  held = [jax.jit(lambda k: states.create(objective, transform, k, keep_ema=False))(key)]
+  create, step = compiled_step(experiment, args.batch, jnp.bfloat16)
+  key, held = jax.random.key(0), [create()]
   batch = jax.tree.map(jnp.asarray, batch_of(objective, args.batch))
-  step = jax.jit(states.make_step(objective, skeleton, transform, compute_dtype=jnp.bfloat16), donate_argnums=0).lower(
-      held[0], batch, key).compile()
 
   def run():
     held[0], metrics = step(held[0], batch, key)

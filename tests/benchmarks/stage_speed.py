@@ -84,18 +84,11 @@ def operations(length: int) -> float:
 
 
 def _torch_step(model, loss):
-  import torch
-  optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+  def training():
+    model.train()  # generation has left it in the other mode
+    return loss()
 
-  def run():
-    model.train()
-    optimizer.zero_grad()
-    value = loss()
-    value.backward()
-    optimizer.step()
-    return value.item()
-
-  return run
+  return turns.torch_step(model.parameters(), training, LEARNING_RATE)
 
 
 def _torch_about(model) -> dict[str, Any]:

@@ -54,6 +54,21 @@ def _serve(make: System, wanted: Iterable[str], pipe) -> None:
     pipe.send(time.perf_counter() - begun)
 
 
+def torch_step(parameters: Iterable[Any], loss: Callable[[], Any], learning_rate: float) -> Callable[[], float]:
+  """A training step in PyTorch, with Adam."""
+  import torch
+  optimizer = torch.optim.Adam(parameters, learning_rate)
+
+  def run():
+    optimizer.zero_grad()
+    value = loss()
+    value.backward()
+    optimizer.step()
+    return value.item()
+
+  return run
+
+
 def times_as_fast(theirs: Iterable[float], ours: Iterable[float]) -> float:
   return statistics.median(a / b for a, b in zip(theirs, ours))
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from musiclm_jax import provenance
 from musiclm_jax.generate import clips, files, modes, pipeline, prompts, story
 from musiclm_jax.generate.infill import Gap
 from musiclm_jax.generate.modes import Continuation, Request
@@ -322,7 +323,7 @@ def test_each_file_says_where_it_comes_from(networks, clip, tmp_path):
   assert told['prompts'][0] == {'weight': 1.0, 'text': 'slow piano'}
   assert told['prompts'][1]['audio'] == 'mine.wav' and len(told['prompts'][1]['sha256']) == 64
   assert told['settings']['sampling']['semantic']['temperature'] == 1.0
-  assert told['audio_sha256'] == files._sha256(tmp_path / 'out.flac')
+  assert told['audio_sha256'] == provenance.hash_file(tmp_path / 'out.flac')
   assert {p.name for p in tmp_path.iterdir()} == {'out.flac', 'out.json'}
 
 
@@ -335,7 +336,7 @@ def test_what_comes_after_may_mark_and_sign(networks, tmp_path):
   written(networks, tmp_path / 'plain.wav', Request((CALM,)))
   written(networks, tmp_path / 'out.wav', Request((CALM,)), after=mark)
   told = json.loads((tmp_path / 'out.json').read_text())
-  assert told['signature'] == 'mine' and told['audio_sha256'] == files._sha256(tmp_path / 'out.wav')
+  assert told['signature'] == 'mine' and told['audio_sha256'] == provenance.hash_file(tmp_path / 'out.wav')
   np.testing.assert_allclose(soundfile.read(tmp_path / 'out.wav')[0], -soundfile.read(tmp_path / 'plain.wav')[0],
                              atol=1e-4)
 

@@ -118,7 +118,7 @@ def test_a_mesh_changes_nothing(mesh, causal):
   run = lambda: jax.device_get(jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(q, k, v, bias))
   alone = run()
   partitioner = Partitioner(**mesh)
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
+  with partitioner.active():
     together = run()
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(a).max())),
                alone, together)

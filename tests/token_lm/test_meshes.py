@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from musiclm_jax import axes
 from musiclm_jax.nn.transformer import TransformerConfig
 from musiclm_jax.specs import Stage, TokenSpec
 from musiclm_jax.token_lm.objective import NextToken
@@ -58,7 +57,7 @@ def test_loss_and_gradient_are_those_of_one_device(mesh, positions, remat):
   partitioner = Partitioner(**MESHES[mesh])
   names, _ = Skeleton.of(objective).axes()
   shardings = jax.tree.map(lambda x, n: partitioner._sharding(tuple(n), x.shape, ''), params, names)
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
+  with partitioner.active():
     laid_out = jax.device_put(params, shardings)
     loss, gradient = jax.device_get(run()(laid_out, partitioner.global_batch(jax.device_get(batch))))
   expected, expected_gradient = alone(positions, remat)
@@ -72,7 +71,7 @@ def test_queries_stay_with_their_device():
   """Split over the sequence, each device computes the logits of its own queries alone."""
   _, params, batch, run = training('rotary', False)
   partitioner = Partitioner(data=1, sequence=8)
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
+  with partitioner.active():
     compiled = run().lower(params, batch).compile()
   one = run().lower(params, batch).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * one.memory_analysis().temp_size_in_bytes

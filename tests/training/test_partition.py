@@ -84,7 +84,7 @@ def test_wrong_rules_are_refused(rules, words):
 
 def test_constraints_inside_a_step_follow_the_rules():
   partitioner = Partitioner(data=2, fsdp=2, tensor=2)
-  with jax.set_mesh(partitioner.mesh), axes.constraining(partitioner):
+  with partitioner.active():
     y = jax.jit(lambda x: axes.constrain(x, 'batch', None))(jnp.zeros((8, 3)))
   assert y.sharding.shard_shape(y.shape) == (2, 3)
   np.testing.assert_array_equal(axes.constrain(y, 'batch', None), y)  # outside a mesh nothing happens
@@ -118,7 +118,7 @@ def test_relative_bias_on_a_mesh_has_the_gradient_of_one_device():
   loss = lambda p: objective.loss(skeleton.model(p, buffers), batch, jax.random.key(2), training=True)[0]
   expected, gradient = jax.jit(jax.value_and_grad(loss))(params)
   made = Partitioner(data=2, fsdp=2, tensor=2)
-  with jax.set_mesh(made.mesh), axes.constraining(made):
+  with made.active():
     found, sharded = jax.jit(jax.value_and_grad(loss))(params)
   np.testing.assert_allclose(found, expected, rtol=1e-6)
   assert np.abs(gradient['transformer']['relative']).max() > 0
@@ -162,7 +162,7 @@ def test_a_spectrogram_on_a_mesh_is_computed_where_its_clips_are(rows):
   loss = lambda x: jnp.sum(jnp.abs(spectral.stft(x, 64, 16)) ** 3)
   x = jax.random.normal(jax.random.key(0), (rows, 640))
   expected, gradient = jax.value_and_grad(loss)(x)
-  with jax.set_mesh(made.mesh), axes.constraining(made):
+  with made.active():
     laid_out = jax.device_put(x, made.of_rows if rows == 8 else made.replicated)
     step = jax.jit(jax.value_and_grad(loss)).lower(laid_out).compile()
     found, sharded = step(laid_out)
