@@ -106,7 +106,8 @@ def trained(name, workdir, **macros):
   return sorted(rows, key=lambda row: row['part'] == 'eval')
 
 
-@pytest.mark.parametrize('name, rate', [('stereo_44khz', 44100), ('stereo_48khz', 48000)])
+@pytest.mark.parametrize('name, rate', [
+    pytest.param('stereo_44khz', 44100, marks=pytest.mark.slow), ('stereo_48khz', 48000)])
 def test_stereo_is_prepared_served_and_trained(tmp_path, name, rate):
   header = records.Header('audio', records.audio_streams(rate, 2))
   clip = lambda i: {'audio': np.random.default_rng(i).normal(0, 0.1, (rate // 2, 2)).astype(np.float32),
@@ -119,6 +120,7 @@ def test_stereo_is_prepared_served_and_trained(tmp_path, name, rate):
   assert np.isfinite(rows[-1]['si_sdr']) and rows[0]['judged_real'] >= 0
 
 
+@pytest.mark.slow
 def test_denoising_is_trained(tmp_path):
   rows = trained('denoising', tmp_path / 'run')
   assert np.isfinite(rows[-1]['si_sdr_denoised']) and np.isfinite(rows[-1]['si_sdr_noisy'])

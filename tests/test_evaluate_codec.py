@@ -167,6 +167,7 @@ def test_one_recording_has_no_mismatched_row_and_max_seconds_limits_each(run, fo
   assert any('second recording' in note for note in result.notes)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(run, folder, tmp_path, monkeypatch):
   without_opus(monkeypatch)
   peaks = []

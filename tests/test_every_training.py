@@ -17,7 +17,7 @@ import pytest
 from musiclm_jax.training import checkpoint, optimizer as optimizers, state as states
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton
-from tests.trainings import STAGES, TRAININGS, WAVEFORMS, as_a_user, experiment, write_tokens
+from tests.trainings import STAGES, TRAININGS, WAVEFORMS, for_commands, experiment, write_tokens
 
 
 @pytest.fixture(scope='session')
@@ -63,7 +63,8 @@ def run(objective, optimizer, batches, partitioner, steps, *, microbatches=1):
   return jax.device_get(state), losses, shardings, state
 
 
-@pytest.mark.parametrize('name', TRAININGS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=pytest.mark.slow if n == 'w2v_bert' else ()) for n in TRAININGS])
 def test_microbatches_change_neither_gradient_nor_statistics(name, parts):
   objective, batches, optimizer = parts(name)
   if not objective.mean_over_examples:
@@ -111,7 +112,7 @@ def command(name, tokens, workdir, steps, **macros):
 @pytest.fixture(scope='session')
 def environment(tmp_path_factory):
   """One device, records read without TensorFlow, and compiled programs shared by all processes of the session."""
-  return as_a_user(tmp_path_factory.mktemp('compiled'), MUSICLM_READER='direct')
+  return for_commands(tmp_path_factory.mktemp('compiled'), MUSICLM_READER='direct')
 
 
 def finish(arguments, environment, timeout=600):
@@ -128,7 +129,8 @@ def assert_same_end(a, b):
   assert first.content_hash == second.content_hash
 
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=() if n == 'codec' else pytest.mark.slow) for n in WAVEFORMS])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', WAVEFORMS)
 def test_a_run_takes_over_another_and_starts_nothing_anew(name, environment, tmp_path):
   """A data-dependent start must not replace codebooks that were taken over."""
   finish(command(name, None, tmp_path / 'first', 2), environment)
@@ -204,7 +206,7 @@ def test_two_processes_of_four_devices_equal_one_device(name, tokens, environmen
   processes = []
   for index in range(2):
     cluster = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(index)}
-    cluster['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'
+    cluster['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
     mesh = ['--gin_file', 'mesh/cpu8.gin', '--distributed']
     processes.append(subprocess.Popen([*command(name, tokens, tmp_path / 'two', 4, **macros), *mesh],
                                       env={**environment, **cluster}, stderr=subprocess.PIPE, text=True))

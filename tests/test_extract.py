@@ -16,7 +16,7 @@ from musiclm_jax.cascade import TOKENIZERS, Cascade
 from musiclm_jax.data import inspection, records
 from musiclm_jax.specs import TokenSpec
 from musiclm_jax.training import state as states
-from tests.trainings import as_a_user, make_networks, write_signals
+from tests.trainings import for_commands, make_networks, write_signals
 
 
 @pytest.fixture(scope='session')
@@ -199,7 +199,7 @@ def test_token_crops_are_the_tokens_of_cropped_audio_away_from_the_edges(cascade
 def by_command(audio, networks, tmp_path_factory):
   """How to extract in a process of its own, and what that makes undisturbed."""
   folder = tmp_path_factory.mktemp('by_command')
-  environment = as_a_user(folder / 'compiled')
+  environment = for_commands(folder / 'compiled')
 
   def start(output, i=0, count=1):
     return subprocess.Popen(

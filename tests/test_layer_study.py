@@ -35,6 +35,7 @@ def test_every_layer_is_what_each_layer_gives_alone():
     np.testing.assert_allclose(every[layer], model.layer(audio, layer), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_table_and_a_plot_of_every_layer(folder, capsys):
   with pytest.raises(SystemExit) as stopped:
     main.main(['semantic', 'layers', '--w2v', str(folder), '--records', str(folder / 'music'), '--clips', '16',
@@ -45,6 +46,7 @@ def test_a_table_and_a_plot_of_every_layer(folder, capsys):
   assert (folder / 'study' / 'layers.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_each_probe_has_its_interval_and_what_it_gains(folder):
   found = layer_study.study(folder / 'w2v_bert', records=folder / 'music', amounts=FEW).figures
   rows = [(row['network'], row['layer']) for row in found['layers']]
@@ -62,6 +64,7 @@ def test_each_probe_has_its_interval_and_what_it_gains(folder):
   assert set(last['probes']['other_leads']) == {'tempo', 'meter', 'drum_style', 'chord', 'pitch_class', 'onset'}
 
 
+@pytest.mark.slow
 def test_music_without_facts_is_measured_and_the_built_in_asked(folder, tmp_path):
   signals = write_signals(tmp_path / 'signals')
   found = layer_study.study(folder, records=signals, amounts=FEW, output=tmp_path).figures

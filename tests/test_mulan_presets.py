@@ -51,6 +51,7 @@ def test_tokens_of_music_without_texts():
   assert 'text' not in loaded.argument('objective').batch_spec(4) and 'text' not in loaded.argument('batches').spec()
 
 
+@pytest.mark.slow
 def test_a_small_one_trains(tmp_path):
   loaded = experiment('mulan', 'nano', LOG_EVERY='1', **{'partition.Partitioner.data': '1'}, **SMALL)
   loaded.build(workdir=str(tmp_path), dry_run=False)

@@ -17,7 +17,7 @@ from musiclm_jax.training.hlo import Program
 from musiclm_jax.training.partition import Partitioner
 from tests.trainings import experiment
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='plans of TPUs need the extra tpu')
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='plans of TPUs need libtpu')
 
 
 def training(name='coarse_lm', **macros):
@@ -88,7 +88,7 @@ ENTRY %main (x: f32[16,4]) -> f32[16,4] {
   assert row.seconds == pytest.approx(inside / machine.chip.link + between / machine.chip.network)
 
 
-@pytest.mark.parametrize('mesh, along', [('data', 'data'), ('fsdp', 'fsdp')])
+@pytest.mark.parametrize('mesh, along', [('data', 'data'), pytest.param('fsdp', 'fsdp', marks=pytest.mark.slow)])
 def test_what_is_sent_grows_with_the_mesh_as_rings_do(mesh, along):
   """For one set of parameters a device sends (n - 1) / n of them to sum or to gather, whatever the batch."""
   sent = {}
@@ -168,6 +168,7 @@ def test_the_command(tmp_path):
   assert wrong.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_every_experiment_of_the_papers_size_divides_over_every_mesh_of_a_machine():
   """Parameters and batches, by the shapes alone."""
   code = '''

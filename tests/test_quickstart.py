@@ -14,14 +14,14 @@ from musiclm_jax import main, quickstart
 from musiclm_jax.data import composer
 from musiclm_jax.data.audio_files import write_wav
 from musiclm_jax.training import checkpoint
-from tests.trainings import as_a_user
+from tests.trainings import for_commands
 
 NETWORKS = ('codec', 'mulan', 'mulan_tokens', 'w2v_bert', 'semantic_tokens', 'semantic_lm', 'coarse_lm', 'fine_lm')
 
 
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
-  return as_a_user(tmp_path_factory.mktemp('compiled'), MUSICLM_READER='direct')
+  return for_commands(tmp_path_factory.mktemp('compiled'), MUSICLM_READER='direct', XLA_FLAGS='')
 
 
 def arguments(workdir, *more):

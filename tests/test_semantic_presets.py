@@ -41,6 +41,7 @@ def speech(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_a_small_one_makes_tokens_of_speech(speech, tmp_path):
   one = {'RECORDS': speech, 'partition.Partitioner.data': 1}
   experiment('w2v_bert', 'nano', NUM_STEPS=2, **one).build(workdir=str(tmp_path / 'w2v_bert'), dry_run=False)

@@ -111,9 +111,12 @@ def make_codec(folder: str | os.PathLike) -> pathlib.Path:
   return folder / 'codec'
 
 
-def as_a_user(compiled: str | os.PathLike, **more: str) -> dict[str, str]:
-  """The environment of commands: one device, and programs compiled as a user's are and kept in `compiled`."""
-  return {**os.environ, 'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(compiled),
+def for_commands(compiled: str | os.PathLike, **more: str) -> dict[str, str]:
+  """The environment of commands: one device, and programs that are kept in `compiled`.
+
+  They are compiled in a hurry, unless `more` has XLA_FLAGS of its own.
+  """
+  return {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_COMPILATION_CACHE_DIR': str(compiled),
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2', **more}
 
 
