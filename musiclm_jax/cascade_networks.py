@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 import hashlib
 import json
@@ -13,6 +14,7 @@ from musiclm_jax.cascade import Cascade, STAGES
 from musiclm_jax.codec.model import CodecState, SoundStream
 from musiclm_jax.mulan.model import MuLanConfig
 from musiclm_jax.specs import Stage, TokenSpec
+from musiclm_jax.token_lm.draw import Sampling, USUAL
 from musiclm_jax.token_lm.sample import row_nats, sample_rows
 from musiclm_jax.training import state as states
 
@@ -58,6 +60,13 @@ class CascadeNetworks:
   @property
   def semantic_rate(self) -> int:
     return self.cascade.part('semantic').objective.encoder.mel.sample_rate if self.cascade.has('semantic') else 0
+
+  @functools.cached_property
+  def sampling(self) -> dict[str, Sampling]:
+    """`draw.USUAL`, but no guidance for a stage that never saw an example without its conditions."""
+    usual = {name: USUAL.get(name, Sampling()) for name in self.stages}
+    return {name: sampling if self.cascade.stage(name).objective.condition_dropout
+            else dataclasses.replace(sampling, guidance=1.0) for name, sampling in usual.items()}
 
   @property
   def lineage(self) -> dict[str, str]:

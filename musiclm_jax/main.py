@@ -321,13 +321,11 @@ def generate(args: argparse.Namespace) -> None:
   files.check(args.output)
   if args.bundle:
     networks = musiclm_jax.load(args.bundle)
-    usual = networks.sampling
   else:
     networks = _late('cascade_networks', 'CascadeNetworks')(_late('cascade', 'Cascade')(args.workdir))
-    usual = pipeline.PAPER_SAMPLING
   factor, changes = args.temperature or 1.0, _given(args, 'guidance')
   sampling = {stage: dataclasses.replace(s, temperature=s.temperature * factor, **changes)
-              for stage, s in usual.items()}
+              for stage, s in networks.sampling.items()}
   settings = pipeline.Settings(sampling=sampling, **_given(
       args, 'seconds', 'mulan_levels', 'block_seconds', 'story_context'))
   blocks = modes.music(networks, request, settings, seed=seed)
@@ -352,7 +350,7 @@ def _request(args: argparse.Namespace) -> Any:
   for flag in ('continue_audio', 'story', 'seconds'):
     if args.infill_audio and getattr(args, flag):
       raise UsageError(f'--{flag} does not go with --infill_audio, which fills the gap and no more')
-  if args.negative_prompt is not None and args.guidance in (None, 1.0):
+  if args.negative_prompt is not None and args.guidance == 1.0:
     raise UsageError('--negative_prompt needs --guidance G with G above 1: guidance is what leads away from it')
   weights = [1.0] * len(texts + styles) if args.weights is None else args.weights
   if len(weights) != len(texts + styles):
@@ -651,7 +649,7 @@ examples:
                  help='with --story: seconds of what was played before that a new text hears; default: none; more is '
                       'smoother and follows the text less')
   p.add_argument('--unconditional', action='store_true', help='no description at all')
-  p.add_argument('--negative_prompt', metavar='TEXT', help='with --guidance: what to lead away from')
+  p.add_argument('--negative_prompt', metavar='TEXT', help='what guidance leads away from; default: no text at all')
   p.add_argument('--continue_audio', metavar='FILE', help='a clip to go on from; it stands in front of the result')
   p.add_argument('--continue_at', metavar='TIME', help='with --continue_audio: from there on; default: its end')
   p.add_argument('--drop_clip', action='store_true', help='with --continue_audio: write only what is new')
@@ -665,7 +663,8 @@ examples:
   p.add_argument('--temperature', metavar='X', type=_positive(float),
                  help='multiplies that of each stage; default: 1, lower is tamer')
   p.add_argument('--guidance', metavar='G', type=float,
-                 help='how strongly the text is followed; default: 1, plain sampling')
+                 help='how strongly the description is followed, in the stages that hear it; 1: plain sampling, '
+                      'which is faster; default: 3')
   p.add_argument('--mulan_levels', metavar='N', type=int,
                  help='how many levels of the description are heard; default: 1')
   p.add_argument('--block_seconds', metavar='S', type=_positive(float),

@@ -21,13 +21,11 @@ from musiclm_jax.cascade_networks import CascadeNetworks
 from musiclm_jax.evaluate import MORE_PAIRS, PAIRS, TOKENS
 from musiclm_jax.export import card, functions
 from musiclm_jax.export.weights import Network
-from musiclm_jax.generate.pipeline import PAPER_SAMPLING
 from musiclm_jax.serving import bundle as serving
 from musiclm_jax.serving.bundle import Bundle, BundleSpecs
 from musiclm_jax.serving.bundle_format import (
     CARD, described, Files, function_file, Manifest, MANIFEST, SPECS, VOCABULARY, WEIGHT_KINDS, weights_file)
 from musiclm_jax.text.tokenizer import Tokenizer
-from musiclm_jax.token_lm.draw import Sampling
 from musiclm_jax.training.checkpoint import Loaded
 
 
@@ -74,8 +72,7 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, licence: st
     for name, (loaded, functions_of) in ready.networks.items():
       files |= _write(place, _exported(name, loaded, functions_of, weights))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-    defaults = {name: dataclasses.asdict(PAPER_SAMPLING.get(name, Sampling())) for name in ready.stages}
-    manifest = Manifest(licence, now, ready.made_with, weights, lineage, defaults, files)
+    manifest = Manifest(licence, now, ready.made_with, weights, lineage, ready.sampling, files)
     _write(place, {MANIFEST: manifest.to_bytes()})
     Bundle(place)  # what is there now is what anybody will load
     _put(place, output)
@@ -110,7 +107,7 @@ class _Ready:
   """A cascade that may be exported: its networks by name, with what is exported of them, and the files about them."""
 
   networks: Mapping[str, tuple[Loaded, FunctionsOf]]
-  stages: tuple[str, ...]
+  sampling: Mapping[str, dict[str, float]]
   files: Mapping[str, bytes]
   made_with: Mapping[str, str]
 
@@ -137,7 +134,8 @@ def _ready(workdir: str | os.PathLike, licence: str, weights: str, records: Sequ
       CARD: card.write(licence=licence, data=data, parts=parts, report=card.figures_of(root), weights=weights,
                        made_with=made_with).encode(),
   }
-  return _Ready(networks, tuple(described_by.stages), files, made_with)
+  sampling = {name: dataclasses.asdict(usual) for name, usual in CascadeNetworks(cascade).sampling.items()}
+  return _Ready(networks, sampling, files, made_with)
 
 
 def _networks(cascade: Cascade) -> dict[str, tuple[Loaded, FunctionsOf]]:

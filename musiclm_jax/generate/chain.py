@@ -167,8 +167,11 @@ class Sampled:
     shown, levels = described(self.stage, self.condition, [self.condition.at(w.first) for w in group], batch)
     rows = built(self.layout, {**timed, **shown}, prefix_NxFxQ, levels)
     null, sampling = None, self.drawing.sampling
-    if shown and sampling.guidance != 1.0:
-      negative = [self.condition.negative_Bx1xQ] * len(group)
+    away = self.condition.negative_Bx1xQ
+    # Of nothing there is nothing to lead to: unconditional music takes one pass.
+    heard = away is not None or any(self.condition.at(w.first) is not None for w in group)
+    if shown and heard and sampling.guidance != 1.0:
+      negative = [away] * len(group)
       away, levels = described(self.stage, self.condition, negative, batch)
       null = built(self.layout, {**timed, **away}, prefix_NxFxQ, levels)
     codes_NxM = np.asarray(self.networks.sample_rows(

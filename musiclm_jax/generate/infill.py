@@ -119,7 +119,7 @@ def _tokens(networks: Networks, place: _Place, left: Given, right: Given, condit
     sides = [np.repeat(given.tokens[target.feature][..., target.level_slice], batch, axis=0) for given in (left, right)]
     plan = windows.cover(stage, place.end, overlap=settings.overlap_of(name), given=place.left, limit=place.total)
     sources = [found[spec.name] for spec in stage.conditions if spec.frame_rate]
-    drawing = Drawing(settings.sampling_of(name), chain.folded(keys_B, jnp.int32(number)))
+    drawing = Drawing(pipeline.sampling_of(networks, settings, name), chain.folded(keys_B, jnp.int32(number)))
     runner = Sampled(networks, name, plan, sources, condition, drawing, sides[0])
     runner.needs.append(lambda: 0)  # all of it is needed in the end
     runner.advance(place.end)

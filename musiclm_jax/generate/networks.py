@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from musiclm_jax.specs import Stage, TokenSpec
-from musiclm_jax.token_lm.draw import Numbers
+from musiclm_jax.token_lm.draw import Numbers, Sampling
 
 Array = jax.Array | np.ndarray
 
@@ -28,6 +28,7 @@ class Networks(Protocol):
     mulan_rate, mulan_window, mulan_hop: the sample rate that MuLan hears, the samples of one window of it, and the
       distance between windows of a longer clip; 0 where there is no MuLan.
     semantic_rate: the sample rate that the semantic tokenizer hears; 0 where there is none.
+    sampling: how each stage is sampled where nothing else is asked for.
     lineage: content hash of each network that makes tokens, by role.
     identity: one hash of all networks, for the provenance of what they generate.
   """
@@ -40,6 +41,7 @@ class Networks(Protocol):
   mulan_window: int
   mulan_hop: int
   semantic_rate: int
+  sampling: Mapping[str, Sampling]
   lineage: Mapping[str, str]
   identity: str
 

@@ -25,8 +25,6 @@ from musiclm_jax.generate.windows import Windows
 from musiclm_jax.token_lm.draw import Sampling
 
 MAX_SECONDS = 6 * 3600.0
-# Temperatures of MusicLM (arXiv 2301.11325, section 4.1).
-PAPER_SAMPLING = {'semantic': Sampling(1.0), 'coarse': Sampling(0.95), 'fine': Sampling(0.4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Settings:
 
   Attributes:
     seconds: length of the new audio.
-    sampling: by stage; plain sampling for a stage that is not named.
+    sampling: by stage; a stage that is not named is sampled as its networks say (`Networks.sampling`).
     mulan_levels: how many first levels of the MuLan tokens condition the stages. Tokens of a text agree with those of
       its audio at the first levels only; 0 is unconditional.
     overlap: share of a window that continues the one before, by stage, half of it for a stage that is not named;
@@ -48,7 +46,7 @@ class Settings:
   """
 
   seconds: float = 10.0
-  sampling: Mapping[str, Sampling] = dataclasses.field(default_factory=lambda: dict(PAPER_SAMPLING))
+  sampling: Mapping[str, Sampling] = dataclasses.field(default_factory=dict)
   mulan_levels: int = 1
   overlap: Mapping[str, float] = dataclasses.field(
       default_factory=lambda: {'semantic': 0.5, 'coarse': 0.5, 'fine': 0.0})
@@ -65,9 +63,6 @@ class Settings:
       raise ValueError(f'mulan_levels must not be negative, found {self.mulan_levels}')
     if any(not 0 <= share < 1 for share in self.overlap.values()):
       raise ValueError(f'the overlap of windows must lie between 0 and 1, found {dict(self.overlap)}')
-
-  def sampling_of(self, stage: str) -> Sampling:
-    return self.sampling.get(stage, Sampling())
 
   def overlap_of(self, stage: str) -> float:
     return self.overlap.get(stage, 0.5)
@@ -178,6 +173,10 @@ def heard(condition: Condition, settings: Settings) -> Condition:
   return dataclasses.replace(condition if settings.mulan_levels else Condition(), levels=settings.mulan_levels)
 
 
+def sampling_of(networks: Networks, settings: Settings, stage: str) -> Sampling:
+  return settings.sampling.get(stage) or networks.sampling[stage]
+
+
 def _runners(networks: Networks, planned: Plan, condition: Condition, settings: Settings, keys_B: jax.Array,
              given: Given) -> list[Sampled]:
   found: dict[str, Sampled] = {}
@@ -188,7 +187,7 @@ def _runners(networks: Networks, planned: Plan, condition: Condition, settings: 
     known = given.tokens[stage.target.feature][..., stage.target.level_slice] if given.ticks else np.zeros(shape)
     sources = [found[spec.name] for spec in stage.conditions if spec.frame_rate]
     side_by_side = -(-planned.block // max(1, windows_of_stage.window))
-    drawing = Drawing(settings.sampling_of(name), chain.folded(keys_B, jnp.int32(number)), side_by_side)
+    drawing = Drawing(sampling_of(networks, settings, name), chain.folded(keys_B, jnp.int32(number)), side_by_side)
     found[stage.target.name] = Sampled(networks, name, windows_of_stage, sources, condition, drawing, known)
   return list(found.values())
 

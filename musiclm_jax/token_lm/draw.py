@@ -26,7 +26,7 @@ class Sampling:
   """How the next token is drawn.
 
   Attributes:
-    temperature: 0 is greedy. MusicLM: 1.0 semantic, 0.95 coarse, 0.4 fine (arXiv 2301.11325, section 4.1).
+    temperature: 0 is greedy.
     top_k: only the k likeliest codes; 0 is all. top_p: only the likeliest codes that hold this probability.
     guidance: logits are null + guidance * (conditioned - null); 1 is plain conditioning. Null hides what describes the
       music as a whole (conditions without a frame rate: the text, or a clip) and keeps what follows it in time. A
@@ -48,6 +48,11 @@ class Sampling:
   def numbers(self) -> Numbers:
     return Numbers(np.float32(self.temperature), np.int32(self.top_k), np.float32(self.top_p),
                    np.float32(self.guidance))
+
+
+# How the stages of MusicLM are sampled where nobody says otherwise. Temperatures: arXiv 2301.11325, section 4.1.
+# Guidance is not the paper's: docs/generation.md has the table that it was chosen by.
+USUAL = {'semantic': Sampling(1.0, guidance=3.0), 'coarse': Sampling(0.95, guidance=3.0), 'fine': Sampling(0.4)}
 
 
 def draw(logits_BxK: jax.Array, keys_B: jax.Array, numbers: Numbers) -> jax.Array:

@@ -160,7 +160,7 @@ def main() -> None:
   parser.add_argument('--stories', type=int, default=20)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--story_context', type=float, default=0.0, help='as of musiclm generate')
-  parser.add_argument('--guidance', type=float, default=1.0, help='of the stories')
+  parser.add_argument('--guidance', type=float, help='of the stories; default: as usual')
   args = parser.parse_args()
   networks = CascadeNetworks(Cascade(args.workdir))
   show = lambda *rows: print(*rows, sep='\n', flush=True)
@@ -177,7 +177,8 @@ def main() -> None:
   if 'first' in args.only:
     show('', '| length | block | first audio | all of it | share |', '|---|---|---|---|---|', *first_audio(networks))
   if 'stories' in args.only:
-    sampling = {name: dataclasses.replace(s, guidance=args.guidance) for name, s in pipeline.PAPER_SAMPLING.items()}
+    changes = {} if args.guidance is None else {'guidance': args.guidance}
+    sampling = {name: dataclasses.replace(s, **changes) for name, s in networks.sampling.items()}
     settings = Settings(seconds=30.0, sampling=sampling, story_context=args.story_context)
     show('', '| the new text above the old one | after the change | recordings that the new text describes |',
          '|---|---|---|', *stories(pathlib.Path(args.workdir), networks, args.stories, args.seed, settings))

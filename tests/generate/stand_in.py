@@ -13,6 +13,7 @@ from musiclm_jax.mulan.model import unit
 from musiclm_jax.nn.transformer import TransformerConfig
 from musiclm_jax.specs import Stage, TokenSpec
 from musiclm_jax.text.tokenizer import Tokenizer
+from musiclm_jax.token_lm.draw import USUAL
 from musiclm_jax.token_lm.model import TokenLM
 from musiclm_jax.token_lm.sample import row_nats, sample_rows
 from musiclm_jax.training import state as states
@@ -44,6 +45,7 @@ class StandIn:
     self.stages, self.sample_rate, self.semantic_rate = dict(stages), sample_rate, sample_rate
     self.mulan_rate = sample_rate if mulan else 0
     self.mulan_window, self.mulan_hop = self.mulan_rate // 2, self.mulan_rate // 4
+    self.sampling = {name: USUAL[name] for name in stages}
     self.sampled: list[tuple[str, int]] = []
 
   @functools.cache  # noqa: B019

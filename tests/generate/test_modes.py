@@ -1,6 +1,7 @@
 """Every mode of generation with small untrained networks."""
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import soundfile
 
 from musiclm_jax import provenance
+from musiclm_jax.cascade_networks import CascadeNetworks
 from musiclm_jax.generate import clips, files, modes, pipeline, prompts, story
 from musiclm_jax.generate.infill import Gap
 from musiclm_jax.generate.modes import Continuation, Request
 from musiclm_jax.generate.pipeline import Settings
 from musiclm_jax.generate.prompts import Prompt
-from musiclm_jax.token_lm.draw import Sampling
+from musiclm_jax.token_lm.draw import Sampling, USUAL
 from tests.generate.stand_in import RATE, StandIn, WITHOUT_MULAN, WITHOUT_SEMANTIC
 from tests.mulan import configs
 
@@ -159,6 +161,25 @@ def test_the_null_rows_hold_the_negative_prompt():
   found = [null for stage, _, null in networks.asked if stage == 'semantic']
   assert found and all(np.array_equal(null[0, :12], wanted) for null in found)
   assert all(null is None for stage, _, null in networks.asked if stage == 'fine')
+
+
+def test_only_what_there_is_something_to_lead_to_takes_two_passes():
+  for request, twice in ((Request((CALM,)), {'semantic', 'coarse'}), (Request(), set()),
+                         (Request(negative='loud drums'), {'semantic', 'coarse'})):
+    networks = Watched()
+    made(networks, request, seconds=1.0)
+    assert {stage for stage, _, null in networks.asked if null is not None} == twice, request
+    assert {stage for stage, _, _ in networks.asked} == {'semantic', 'coarse', 'fine'}
+
+
+def test_a_stage_that_always_saw_its_conditions_is_not_guided():
+  dropout = {'stage/semantic': 0.1, 'stage/coarse': 0.0, 'stage/fine': 0.1}
+  objective = lambda name: types.SimpleNamespace(condition_dropout=dropout[f'stage/{name}'], stage=None)
+  cascade = types.SimpleNamespace(has=dropout.__contains__,
+                                  stage=lambda name: types.SimpleNamespace(objective=objective(name)))
+  found = CascadeNetworks(cascade).sampling
+  assert found == {**USUAL, 'coarse': dataclasses.replace(USUAL['coarse'], guidance=1.0)}
+  assert USUAL['semantic'].guidance > 1 and USUAL['fine'].guidance == 1
 
 
 def test_the_best_of_several_is_the_one_that_scores_highest(networks):
@@ -321,6 +342,7 @@ def test_each_file_says_where_it_comes_from(networks, clip, tmp_path):
   assert told['generated_by_a_model'] is True and told['networks'] == networks.identity
   assert (told['mode'], told['seed'], told['negative_prompt']) == ('mixture', 7, 'noise')
   assert told['prompts'][0] == {'weight': 1.0, 'text': 'slow piano'}
+  assert told['settings']['sampling'] == {name: dataclasses.asdict(usual) for name, usual in USUAL.items()}
   assert told['prompts'][1]['audio'] == 'mine.wav' and len(told['prompts'][1]['sha256']) == 64
   assert told['settings']['sampling']['semantic']['temperature'] == 1.0
   assert told['audio_sha256'] == provenance.hash_file(tmp_path / 'out.flac')
