@@ -69,12 +69,15 @@ class MuLanTraining(Objective):
     chunks: parts of the batch that the towers see one after another, a divisor of the batch; 1: all at once,
       without recomputation.
     decoupled: the form of the loss, see `contrastive_loss`.
+    gap_weight: of the mean squared distance between a clip and its own text, which is added to the contrastive loss and
+      pulls the two kinds together; that loss asks only that others be further away.
     minimum_temperature: the trained temperature acts as if it never fell below this, as in arXiv 2103.00020.
   """
 
   mulan: MuLanConfig
   chunks: int = 1
   decoupled: bool = False
+  gap_weight: float = 0.0
   minimum_temperature: float = 0.01
 
   mean_over_examples = False
@@ -129,10 +132,11 @@ class MuLanTraining(Objective):
     text_BxE = axes.constrain(text_BxE, 'batch', None)
     temperature = jnp.maximum(model.temperature, self.minimum_temperature)
     loss = jnp.mean(contrastive_loss(audio_BxE, text_BxE, temperature, decoupled=self.decoupled))
+    gap = jnp.mean(jnp.sum(jnp.square((audio_BxE - text_BxE).astype(jnp.float32)), axis=-1))
     chance = jnp.float32(self.chance(audio_BxE.shape[0]))
-    metrics = {'loss': loss, 'loss_chance': chance, 'recall@1': recall_at_1(text_BxE, audio_BxE),
+    metrics = {'loss': loss, 'loss_chance': chance, 'recall@1': recall_at_1(text_BxE, audio_BxE), 'gap': gap,
                'temperature': temperature}
-    return loss, Aux(metrics)
+    return loss + self.gap_weight * gap, Aux(metrics)
 
   def chance(self, batch_size: int) -> float:
     """The loss where all embeddings are alike."""

@@ -62,6 +62,18 @@ def test_loss_of_fresh_towers_is_near_chance():
   assert metrics['temperature'] == pytest.approx(1.0) and metrics['loss'] == loss
 
 
+def test_the_gap_is_measured_and_pulled_together_where_asked():
+  cfg = configs.config()
+  model, batch = configs.model(cfg), configs.batch(cfg, size=6)
+  run = lambda weight: _loss_and_gradient(MuLanTraining(cfg, gap_weight=weight), model, batch, training=False)
+  plain, metrics, _ = run(0.0)
+  pulled, same, _ = run(2.0)
+  assert plain == metrics['loss'] == same['loss'] and 0 < metrics['gap'] <= 4
+  assert pulled == pytest.approx(float(plain + 2 * metrics['gap']), rel=1e-5)
+  audio_BxE, text_BxE = MuLanTraining(cfg).embeddings(model, batch, jax.random.key(3), training=False)
+  assert metrics['gap'] == pytest.approx(float(jnp.mean(2 - 2 * jnp.sum(audio_BxE * text_BxE, axis=-1))), rel=1e-4)
+
+
 def test_recall_counts_ties_as_misses():
   x = jnp.eye(4)
   assert recall_at_1(x, x) == 1.0
