@@ -119,9 +119,30 @@ def by_distance(bias_R: jax.Array, T: int, S: int) -> jax.Array:
   return rows[..., :T, T - 1:]
 
 
+def attend_cached(q_BxTxHxK: jax.Array, k_BxHxSxK: jax.Array, v_BxHxSxK: jax.Array, *, mask: jax.Array,
+                  bias_GxHxR: jax.Array | None = None) -> jax.Array:
+  """As `attention`, of few queries to keys and values with their heads in front, as a cache holds them.
+
+  All logits at once: lengths may be left open in an exported program, and no gradient has to keep them.
+  """
+  weights = _weights(jnp.einsum('BTHK,BHSK->BHTS', q_BxTxHxK, k_BxHxSxK, preferred_element_type=jnp.float32),
+                     q_BxTxHxK.shape[-1], mask, bias_GxHxR)
+  return jnp.einsum('BHTS,BHSK->BTHK', weights.astype(v_BxHxSxK.dtype), v_BxHxSxK)
+
+
 def _plain(q, k, v, mask, bias_GxHxR, causal):
   T, S = q.shape[1], k.shape[1]
-  logits = jnp.einsum('BTHK,BSHK->BHTS', q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+  if causal:
+    seen = jnp.arange(S)[None, :] <= jnp.arange(T)[:, None] + (S - T)
+    mask = seen if mask is None else mask & seen
+  logits = jnp.einsum('BTHK,BSHK->BHTS', q, k, preferred_element_type=jnp.float32)
+  return jnp.einsum('BHTS,BSHK->BTHK', _weights(logits, q.shape[-1], mask, bias_GxHxR).astype(v.dtype), v)
+
+
+def _weights(logits, width, mask, bias_GxHxR):
+  """Softmax [B, H, T, S] of products of queries and keys."""
+  T, S = logits.shape[2:]
+  logits = logits / math.sqrt(width)
   if bias_GxHxR is not None:  # spread over the logits once a group, and not once an example
     bias_GxHxTxS = by_distance(bias_GxHxR.astype(jnp.float32), T, S)
     if len(bias_GxHxTxS) == 1:
@@ -129,13 +150,9 @@ def _plain(q, k, v, mask, bias_GxHxR, causal):
     else:
       grouped = logits.reshape(len(bias_GxHxTxS), -1, *logits.shape[1:])
       logits = (grouped + bias_GxHxTxS[:, None]).reshape(logits.shape)
-  if causal:
-    seen = jnp.arange(S)[None, :] <= jnp.arange(T)[:, None] + (S - T)
-    mask = seen if mask is None else mask & seen
   if mask is not None:
     logits = jnp.where(mask, logits, _NEGATIVE)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum('BHTS,BSHK->BTHK', weights, v)
+  return jax.nn.softmax(logits, axis=-1)
 
 
 class _Segment(NamedTuple):

@@ -60,13 +60,18 @@ def draw(logits_BxK: jax.Array, keys_B: jax.Array, numbers: Numbers) -> jax.Arra
   K = logits_BxK.shape[-1]
   temperature, top_k, top_p, _ = numbers
   scaled = logits_BxK.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
-  order = -jnp.sort(-scaled, axis=-1)
-  kept = jnp.where(top_k > 0, jnp.minimum(top_k, K), K)
-  kth = jnp.take(order, kept - 1, axis=-1)[:, None]
-  probability = jax.nn.softmax(order, axis=-1)
-  # The first code past the threshold is still kept: `before` is what the likelier ones hold together.
-  before = jnp.cumsum(probability, axis=-1) - probability
-  nucleus = jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1, keepdims=True)
-  allowed = scaled >= jnp.maximum(kth, nucleus)
-  sampled = jax.vmap(jax.random.categorical)(keys_B, jnp.where(allowed, scaled, -jnp.inf))
+
+  def likeliest(scaled):
+    order = -jnp.sort(-scaled, axis=-1)
+    kept = jnp.where(top_k > 0, jnp.minimum(top_k, K), K)
+    kth = jnp.take(order, kept - 1, axis=-1)[:, None]
+    probability = jax.nn.softmax(order, axis=-1)
+    # The first code past the threshold is still kept: `before` is what the likelier ones hold together.
+    before = jnp.cumsum(probability, axis=-1) - probability
+    nucleus = jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scaled >= jnp.maximum(kth, nucleus), scaled, -jnp.inf)
+
+  # Sorting is the slowest part of a step on a CPU.
+  scaled = jax.lax.cond((top_k > 0) | (top_p < 1), likeliest, lambda scaled: scaled, scaled)
+  sampled = jax.vmap(jax.random.categorical)(keys_B, scaled)
   return jnp.where(temperature == 0, jnp.argmax(logits_BxK, axis=-1), sampled).astype(jnp.int32)

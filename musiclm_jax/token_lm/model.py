@@ -4,6 +4,7 @@ Shapes: B batch, L sequence length, T new positions, D width, F target frames, Q
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 import math
 
 from flax import nnx
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from musiclm_jax import axes, specs
-from musiclm_jax.nn.transformer import Cache, Embedding, Transformer, TransformerConfig
+from musiclm_jax.nn.transformer import Block, Cache, Embedding, Transformer, TransformerConfig
 from musiclm_jax.specs import Stage
 from musiclm_jax.token_lm.sequence import Layout
 
@@ -62,9 +63,14 @@ class TokenLM(nnx.Module):
   def init_cache(self, batch: int, length: int) -> Cache:
     return self.transformer.init_cache(batch, length, self.head[...].dtype)
 
-  def extend(self, rows_BxT: jax.Array, cache: Cache, positions_2xL: jax.Array, level: jax.Array
-             ) -> tuple[jax.Array, Cache]:
-    """Takes T more tokens; returns the logits [B, K] of the next one, a code of `level`, and the cache."""
-    x, cache = self.transformer.extend(self.embedding(rows_BxT), cache, positions_AxL=jnp.asarray(positions_2xL))
-    head_DxK = self.head[...][level].astype(x.dtype)
+  def extend(self, rows_BxT: jax.Array, cache: Cache, positions_2xL: jax.Array, level: jax.Array, *,
+             layers: Sequence[Block] | None = None) -> tuple[jax.Array, Cache]:
+    """Takes T more tokens; returns the logits [B, K] of the next one, a code of `level`, and the cache.
+
+    `layers` as in `Transformer.extend`.
+    """
+    x, cache = self.transformer.extend(
+        self.embedding(rows_BxT), cache, positions_AxL=jnp.asarray(positions_2xL), layers=layers)
+    head_QxDxK = self.head[...].astype(x.dtype)
+    head_DxK = head_QxDxK[0 if len(head_QxDxK) == 1 else level]
     return jnp.matmul(x[:, -1], head_DxK, preferred_element_type=jnp.float32), cache

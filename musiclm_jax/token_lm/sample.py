@@ -45,12 +45,13 @@ def sample_rows(model: TokenLM, rows_BxT: jax.Array, null_rows_BxT: jax.Array | 
     code_B, cache, codes_BxN = carry
     place = first + i
     row_Bx1 = model.rows(code_B, (place - 1) % levels)[:, None]
-    logits, cache = model.extend(twice(row_Bx1, row_Bx1), cache, positions_2xL, place % levels)
+    logits, cache = model.extend(twice(row_Bx1, row_Bx1), cache, positions_2xL, place % levels, layers=layers)
     code_B = choose(logits, place)
     return code_B, cache, jax.lax.dynamic_update_slice_in_dim(codes_BxN, code_B[:, None], i, axis=1)
 
-  rows = twice(rows_BxT, null_rows_BxT)
-  logits, cache = model.extend(rows, model.init_cache(rows.shape[0], length), positions_2xL, first % levels)
+  rows, layers = twice(rows_BxT, null_rows_BxT), model.transformer.layers.apart()
+  logits, cache = model.extend(rows, model.init_cache(rows.shape[0], length), positions_2xL, first % levels,
+                               layers=layers)
   code_B = choose(logits, first)
   codes_BxN = jnp.zeros((B, length - given), jnp.int32)
   codes_BxN = jax.lax.dynamic_update_slice_in_dim(codes_BxN, code_B[:, None], 0, axis=1)

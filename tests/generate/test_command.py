@@ -87,7 +87,6 @@ P = ('--prompt', 'slow piano')
     # mixtures
     ([*P, '--weights', '1', '2'], 2, 'one for each --prompt'), ([*P, '--weights', '0'], 1, 'sum to nothing'),
     ([*P, *P, '--weights', '1', '-1'], 2, 'not negative'), ([*P, '--weights', 'nan'], 2, 'weight'),
-    ([*P, '--negative_prompt', 'noise'], 2, 'needs --guidance'),
     ([*P, '--negative_prompt', 'noise', '--guidance', '1'], 2, 'needs --guidance'),
     ([*P, '--negative_prompt', ' ', '--guidance', '2'], 2, 'a prompt is empty'),
     # stories
