@@ -1,4 +1,5 @@
 """Runs before any test module is imported: CPU only, and eight devices so that meshes can be tested."""
+import fcntl
 import os
 import signal
 import time
@@ -16,18 +17,31 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ.setdefault('MUSICLM_READER', 'direct')  # importing TensorFlow takes seconds; its tests name their reader
 
 
+def _made_once(tmp_path_factory, name, make):
+  """The folder `name`, made by `make(folder)`: by one of the workers, for all of them."""
+  root = tmp_path_factory.getbasetemp()
+  root = root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root
+  done = root / f'{name}.done'
+  with open(root / f'{name}.lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not done.exists():
+      make(root / name)
+      done.touch()
+  return root / name
+
+
 @pytest.fixture(scope='session')
 def nano_cascade(tmp_path_factory):
-  """A workdir of untrained networks at size nano that belong together."""
+  """A workdir of untrained networks at size nano that belong together, which nobody may change."""
   from tests.trainings import random_cascade
-  return random_cascade(tmp_path_factory.mktemp('cascade'))
+  return _made_once(tmp_path_factory, 'nano_cascade', random_cascade)
 
 
 @pytest.fixture(scope='session')
 def nano_bundle(nano_cascade, tmp_path_factory):
   """The bundle of `nano_cascade`, which nobody may change."""
   from musiclm_jax.export import bundle
-  return bundle.export(nano_cascade, tmp_path_factory.mktemp('bundle') / 'nano', licence='CC0-1.0').path
+  return _made_once(tmp_path_factory, 'nano_bundle', lambda to: bundle.export(nano_cascade, to, licence='CC0-1.0'))
 
 
 def pytest_runtest_setup(item):

@@ -132,6 +132,7 @@ def test_denoising_is_trained(tmp_path):
   assert np.abs(codec.film.scale[...] - 1).max() > 0 and np.abs(codec.film.bias[...]).max() > 0
 
 
+@pytest.mark.slow
 def test_balanced_training_reports_what_each_loss_pulls(tmp_path):
   rows = trained('balanced', tmp_path / 'run')
   names = ('reconstruction', 'waveform', 'adversarial', 'feature')

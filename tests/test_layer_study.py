@@ -71,6 +71,7 @@ def test_music_without_facts_is_measured_and_the_built_in_asked(folder, tmp_path
   assert found['clips'] == 4 and found['probe_clips'] == 16
 
 
+@pytest.mark.slow
 def test_another_network_is_refused(folder, tmp_path):
   built = experiment('mulan', RECORDS=folder / 'music', NUM_STEPS=0, **{'partition.Partitioner.data': 1})
   built.build(workdir=str(tmp_path / 'mulan'), dry_run=False)

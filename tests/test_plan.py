@@ -126,6 +126,7 @@ def test_the_nearest_batch_where_memory_is_no_line_and_tries_are_few():
   assert len(tried) <= 5 and found ** 1.5 <= 100 < over ** 1.5
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_too_large_is_refused_with_the_nearest_that_fits(monkeypatch):
   made = on(training(BATCH_SIZE=64), data=2)
   fitting = plan.plan(on(training(BATCH_SIZE=20), data=2), topology('cpu:2')).figures['memory']['peak']
@@ -198,6 +199,7 @@ for name in ('semantic_lm', 'coarse_lm', 'fine_lm', 'codec', 'w2v_bert', 'mulan'
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_small_plan_by_the_compiler_of_tpus():
   made = on(training(LM_POSITIONS='t5', COMPUTE_DTYPE='bfloat16'), data=2, fsdp=2, tensor=2)
   f = plan.plan(made, topology('v5e:2x4')).figures
@@ -207,6 +209,7 @@ def test_a_small_plan_by_the_compiler_of_tpus():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_slices_of_tpus_are_joined_by_data():
   f = plan.plan(on(training(), data=4, fsdp=2), topology('v5e:2x2*2')).figures
   assert f['chips'] == 8 and f['mesh']['data'] == 4

@@ -107,6 +107,7 @@ def test_diversity_is_zero_for_uniform_and_near_one_for_one_code():
   np.testing.assert_allclose(ours.diversity_loss(one, one[0, 0]), 1 - 1 / 8, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_microbatches_do_not_change_the_loss():
   objective, params, buffers, run = _loss()
   batch = configs.batch(objective)
