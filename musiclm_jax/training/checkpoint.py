@@ -301,9 +301,13 @@ class Loaded:
   made_with: dict[str, Any]
 
 
-def content_hash(objective: Objective, *trees: Any) -> str:
-  """Sixteen hex digits over the specification and every array (name, dtype, shape, bytes)."""
-  digest = hashlib.sha256(specs.to_json(objective).encode())
+def content_hash(specification: Any, *trees: Any) -> str:
+  """Sixteen hex digits over the specification, as it was saved, and every array (name, dtype, shape, bytes).
+
+  As it was saved: what a later version adds to it, with a value that changes nothing, must not part tokens from the
+  networks that made them.
+  """
+  digest = hashlib.sha256(json.dumps(specification, indent=2, sort_keys=True).encode())
   for tree in trees:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       array = np.asarray(leaf)
@@ -336,7 +340,7 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
       raise ValueError(f'{place}: {error}; delete that step to use the one before') from None
   params, buffers = trees[params_item], trees['buffers']
   return Loaded(objective, skeleton.model(params, buffers), params, buffers, int(place.name),
-                content_hash(objective, params, buffers), _assets(about), about['lineage'], about['made_with'])
+                content_hash(about['objective'], params, buffers), _assets(about), about['lineage'], about['made_with'])
 
 
 def run_in(workdir: str | os.PathLike, name: str) -> pathlib.Path:
