@@ -343,9 +343,7 @@ class _Measure:
     embedding = embed(samples_PxSxT.reshape(-1, samples_PxSxT.shape[-1])).reshape(len(prompts), a.seeds, -1)
     prompts_PxE = self.pair_embeddings[1][chosen]
     real_PxT = self.held_out_pairs[0][chosen][:, :samples_PxSxT.shape[-1]]
-    _, decoded = audio_measures.round_trip(self.cascade.part('codec').model, real_PxT,
-                                           (self.cascade.token_spec('codec').levels,))
-    references = {'real': embed(real_PxT)[:, None], 'codec_round_trip': embed(next(iter(decoded.values())))[:, None],
+    references = {'real': embed(real_PxT)[:, None], 'codec_round_trip': embed(self._heard(real_PxT))[:, None],
                   'another_prompt': np.roll(embedding, 1, axis=0)}
     known = self.composed and bool(examples[chosen[0]].get('attributes'))
     timbres = [examples[i]['attributes']['lead'] for i in chosen] if known else []
@@ -373,17 +371,22 @@ class _Measure:
       drawn.append(made.audio_BxN.reshape(len(part_SxP), len(prompts), -1))
     return np.concatenate(drawn).swapaxes(0, 1), made.tokens, parts * made.wall_seconds
 
+  def judge_of(self, length: int) -> judges.Judge:
+    """The independent judge of samples of this length: it hears what the codec makes of training clips."""
+    train_NxT, train = self.clips(records.RecordSet(self.root / RECORDS, 'train'), self.amounts.judge_clips)
+    leads = [e['attributes']['lead'] for e in train]
+    return judges.fit(self._heard(train_NxT[:, :length]), leads, sample_rate=self.rate, seed=self.seed)
+
+  def _heard(self, clips_NxT: np.ndarray) -> np.ndarray:
+    """Clips through the codec, with all of its levels."""
+    levels = self.cascade.token_spec('codec').levels
+    return audio_measures.round_trip(self.cascade.part('codec').model, clips_NxT, (levels,))[1][levels]
+
   def _judged(self, samples_PxSxT: np.ndarray, tokens: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The independent judge, and the clips that the Frechet distance compares."""
     length = samples_PxSxT.shape[-1]
-    codec = self.cascade.part('codec').model
-    levels = (self.cascade.token_spec('codec').levels,)
-    heard = lambda clips: audio_measures.round_trip(codec, clips[:, :length], levels)[1][levels[0]]
-    train_NxT, train = self.clips(records.RecordSet(self.root / RECORDS, 'train'), self.amounts.judge_clips)
-    leads = [e['attributes']['lead'] for e in train]
-    judge = judges.fit(heard(train_NxT), leads, sample_rate=self.rate, seed=self.seed)
-    test_NxT, test = self.held_out
-    round_trips = heard(test_NxT)
+    judge, (test_NxT, test) = self.judge_of(length), self.held_out
+    round_trips = self._heard(test_NxT[:, :length])
     half, count = len(test_NxT) // 2, samples_PxSxT.shape[0] * samples_PxSxT.shape[1]
     rows = {'unigram': self._unigram_audio(count, tokens['acoustic'].shape[1], length),
             'real': test_NxT[half:half + count, :length], 'codec_round_trip': round_trips[half:half + count]}

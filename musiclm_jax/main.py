@@ -7,7 +7,6 @@ configuration, 1 for everything that goes wrong later.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import importlib
 import logging
@@ -323,9 +322,7 @@ def generate(args: argparse.Namespace) -> None:
     networks = musiclm_jax.load(args.bundle)
   else:
     networks = _late('cascade_networks', 'CascadeNetworks')(_late('cascade', 'Cascade')(args.workdir))
-  factor, changes = args.temperature or 1.0, _given(args, 'guidance')
-  sampling = {stage: dataclasses.replace(s, temperature=s.temperature * factor, **changes)
-              for stage, s in networks.sampling.items()}
+  sampling = pipeline.adjusted(networks, **_given(args, 'temperature', 'guidance'))
   settings = pipeline.Settings(sampling=sampling, **_given(
       args, 'seconds', 'mulan_levels', 'block_seconds', 'story_context'))
   blocks = modes.music(networks, request, settings, seed=seed)

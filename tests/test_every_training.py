@@ -17,7 +17,7 @@ import pytest
 from musiclm_jax.training import checkpoint, optimizer as optimizers, state as states
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton
-from tests.trainings import STAGES, TRAININGS, WAVEFORMS, for_commands, experiment, write_tokens
+from tests.trainings import STAGES, TRAININGS, WAVEFORMS, experiment, for_commands, write_tokens
 
 
 @pytest.fixture(scope='session')
@@ -56,12 +56,13 @@ def run(objective, optimizer, batches, partitioner, steps):
   with partitioner.active():
     skeleton, transform, shardings, state = fresh(objective, optimizer, batches, partitioner)
     step = jax.jit(states.make_step(objective, skeleton, transform), out_shardings=(shardings, None))
-    states_after, losses = [], []
+    losses = []
     for i in range(steps):
       state, metrics = step(state, partitioner.global_batch(batches(i)), jax.random.key(2))
-      states_after.append(jax.device_get(state))
       losses.append(float(metrics['loss']))
-  return states_after[0], losses, shardings
+      if i == 0:
+        first = jax.device_get(state)
+  return first, losses, shardings
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_two_processes_of_four_devices_equal_one_device(name, tokens, environmen
   processes = []
   for index in range(2):
     cluster = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(index)}
-    cluster['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
+    cluster['XLA_FLAGS'] = f'{environment["XLA_FLAGS"]} --xla_force_host_platform_device_count=4'
     mesh = ['--gin_file', 'mesh/cpu8.gin', '--distributed']
     processes.append(subprocess.Popen([*command(name, tokens, tmp_path / 'two', 4, **macros), *mesh],
                                       env={**environment, **cluster}, stderr=subprocess.PIPE, text=True))

@@ -164,15 +164,13 @@ class Sampled:
     prefix_NxFxQ = np.concatenate([between(self.frames, self.spec, w.start, w.first) for w in group])
     timed = {s.spec.feature: np.concatenate(
         [between(s.frames, s.spec, w.start, w.start + self.plan.window) for w in group]) for s in self.sources}
-    shown, levels = described(self.stage, self.condition, [self.condition.at(w.first) for w in group], batch)
+    asked, negative = [self.condition.at(w.first) for w in group], self.condition.negative_Bx1xQ
+    shown, levels = described(self.stage, self.condition, asked, batch)
     rows = built(self.layout, {**timed, **shown}, prefix_NxFxQ, levels)
     null, sampling = None, self.drawing.sampling
-    away = self.condition.negative_Bx1xQ
     # Of nothing there is nothing to lead to: unconditional music takes one pass.
-    heard = away is not None or any(self.condition.at(w.first) is not None for w in group)
-    if shown and heard and sampling.guidance != 1.0:
-      negative = [away] * len(group)
-      away, levels = described(self.stage, self.condition, negative, batch)
+    if shown and sampling.guidance != 1.0 and any(tokens is not None for tokens in (negative, *asked)):
+      away, levels = described(self.stage, self.condition, [negative] * len(group), batch)
       null = built(self.layout, {**timed, **away}, prefix_NxFxQ, levels)
     codes_NxM = np.asarray(self.networks.sample_rows(
         self.name, rows, null, self.layout.positions_2xL, self.layout.condition_length, keys_N, sampling.numbers))

@@ -173,6 +173,13 @@ def heard(condition: Condition, settings: Settings) -> Condition:
   return dataclasses.replace(condition if settings.mulan_levels else Condition(), levels=settings.mulan_levels)
 
 
+def adjusted(networks: Networks, temperature: float = 1.0, guidance: float | None = None) -> dict[str, Sampling]:
+  """The networks' own sampling of each stage, its temperature multiplied; guidance None: theirs."""
+  changes = {} if guidance is None else {'guidance': guidance}
+  return {name: dataclasses.replace(usual, temperature=usual.temperature * temperature, **changes)
+          for name, usual in networks.sampling.items()}
+
+
 def sampling_of(networks: Networks, settings: Settings, stage: str) -> Sampling:
   return settings.sampling.get(stage) or networks.sampling[stage]
 

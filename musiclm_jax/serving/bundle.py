@@ -17,7 +17,7 @@ import numpy as np
 from musiclm_jax import specs
 from musiclm_jax.generate.modes import music, Request
 from musiclm_jax.generate.networks import Array
-from musiclm_jax.generate.pipeline import Settings
+from musiclm_jax.generate.pipeline import adjusted, Settings
 from musiclm_jax.generate.prompts import Prompt
 from musiclm_jax.serving import weights
 from musiclm_jax.serving.bundle_format import CARD, Files, function_file, MANIFEST, SPECS, VOCABULARY
@@ -111,11 +111,8 @@ class Bundle:
   def stream(self, prompt: str | Request = Request(), *, seconds: float = 10.0, seed: int = 0, temperature: float = 1.0,
              guidance: float | None = None, **more: Any) -> Iterator[np.ndarray]:
     """What `generate` returns, in blocks while later ones are still to come; `block_seconds` says how long they are."""
-    changes = {} if guidance is None else {'guidance': guidance}
-    sampling = {name: dataclasses.replace(s, temperature=s.temperature * temperature, **changes)
-                for name, s in self.sampling.items()}
     request = prompt if isinstance(prompt, Request) else Request((Prompt(text=prompt),))
-    return music(self, request, Settings(seconds, sampling, **more), seed=seed)
+    return music(self, request, Settings(seconds, adjusted(self, temperature, guidance), **more), seed=seed)
 
   @property
   def lineage(self) -> dict[str, str]:

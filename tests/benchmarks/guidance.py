@@ -17,11 +17,11 @@ import numpy as np
 
 from musiclm_jax import evaluate
 from musiclm_jax.cascade_networks import CascadeNetworks
-from musiclm_jax.evaluation import audio_measures, frechet, judge as judges
+from musiclm_jax.evaluation import frechet
 from musiclm_jax.evaluation.batched import in_batches
 from musiclm_jax.generate.pipeline import Settings
 
-REPORT = 16  # prompts of the report: the first
+REPORT = evaluate.Amounts().prompts  # of the report: the first
 
 
 def main() -> None:
@@ -33,8 +33,7 @@ def main() -> None:
   parser.add_argument('--seeds', type=int, default=2)
   parser.add_argument('--seconds', type=float, default=5.0)
   args = parser.parse_args()
-  root = pathlib.Path(args.workdir)
-  measure = evaluate._Measure(root, 5, evaluate.Amounts(seeds=args.seeds, prompts=args.prompts))
+  measure = evaluate._Measure(pathlib.Path(args.workdir), 5, evaluate.Amounts(seeds=args.seeds, prompts=args.prompts))
   usual = CascadeNetworks(measure.cascade).sampling
   _, examples = measure.held_out_pairs
   chosen = evaluate._spread_over_leads(examples, REPORT + args.prompts)[REPORT:]
@@ -43,12 +42,8 @@ def main() -> None:
   leads = np.repeat([examples[i]['attributes']['lead'] for i in chosen], args.seeds)
   embed = lambda audio: in_batches(measure.cascade.function('mulan', 'embed_audio'), audio, batch_size=16)
 
-  codec, levels = measure.cascade.part('codec').model, measure.cascade.token_spec('codec').levels
   length = round(args.seconds * measure.rate)
-  heard = lambda clips_NxT: audio_measures.round_trip(codec, clips_NxT[:, :length], (levels,))[1][levels]
-  train_NxT, train = measure.clips(evaluate.records.RecordSet(root / evaluate.RECORDS, 'train'),
-                                   measure.amounts.judge_clips)
-  judge = judges.fit(heard(train_NxT), [e['attributes']['lead'] for e in train], sample_rate=measure.rate, seed=5)
+  judge = measure.judge_of(length)
   held_out = frechet.moments(judge.embed(measure.held_out[0][:, :length]))
 
   print('| guidance | own text above the others | judge hears the lead | Frechet distance | seconds |')

@@ -10,7 +10,6 @@ the new text scores above the old one, by MuLan and by the judge of the report, 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import os
 import pathlib
@@ -177,9 +176,8 @@ def main() -> None:
   if 'first' in args.only:
     show('', '| length | block | first audio | all of it | share |', '|---|---|---|---|---|', *first_audio(networks))
   if 'stories' in args.only:
-    changes = {} if args.guidance is None else {'guidance': args.guidance}
-    sampling = {name: dataclasses.replace(s, **changes) for name, s in networks.sampling.items()}
-    settings = Settings(seconds=30.0, sampling=sampling, story_context=args.story_context)
+    settings = Settings(seconds=30.0, sampling=pipeline.adjusted(networks, guidance=args.guidance),
+                        story_context=args.story_context)
     show('', '| the new text above the old one | after the change | recordings that the new text describes |',
          '|---|---|---|', *stories(pathlib.Path(args.workdir), networks, args.stories, args.seed, settings))
 
