@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import jax
@@ -35,8 +35,9 @@ class Layout(Protocol):
   def parts(self, name: str) -> int:
     """Into how many parts a logical axis is split."""
 
-  def apart(self, f: Callable[..., jax.Array], names: tuple, arrays: tuple[jax.Array, ...], kernel: bool) -> jax.Array:
-    """`f` of each device's part of arrays that are laid out by `names`, as its result is."""
+  def apart(self, f: Callable[..., jax.Array], names: Sequence[tuple], arrays: tuple[jax.Array, ...], kernel: bool
+            ) -> jax.Array:
+    """`f` of each device's part of arrays that are laid out by `names`; its result is laid out as the first."""
 
 
 _LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar('layout', default=None)
@@ -68,9 +69,10 @@ def num_devices() -> int:
   return 1 if layout is None else layout.num_devices
 
 
-def apart(f: Callable[..., jax.Array], names: tuple, *arrays: jax.Array, kernel: bool = True) -> jax.Array:
-  """f(*arrays) for what the compiler cannot split: each device calls it with its own part of arrays laid out alike.
+def apart(f: Callable[..., jax.Array], names: Sequence[tuple], *arrays: jax.Array, kernel: bool = True) -> jax.Array:
+  """f(*arrays) for what the compiler cannot split: each device calls it with its own part of them.
 
+  `names`: how each array is laid out. The result is laid out as the first.
   `kernel`: whether there is a kernel in it, of which JAX does not know what is the same on several devices. Gradients
   of such are summed over all axes of the mesh.
   """

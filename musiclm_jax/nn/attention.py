@@ -54,7 +54,7 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
   elif kind in _PLATFORMS and (reason := _obstacle(_PLATFORMS[kind], q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)):
     raise ValueError(f'attention = {kind!r}: {reason}; "auto" chooses what fits')
   if kind == 'cudnn':
-    return jax.nn.dot_product_attention(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, is_causal=causal, implementation='cudnn')
+    return _cudnn(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_GxHxR, causal)
   if kind == 'splash':
     return _splash(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, causal)
   if kind == 'xla':
@@ -83,10 +83,11 @@ def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: j
   T, S, K = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1], q_BxTxHxK.shape[3]
   if axes.platform() != platform:
     return f'a kernel for {platform.upper()}s, and this runs on {axes.platform()}'
-  if bias is not None:
-    return 'it takes no bias by distance (positions = "t5")'
-  if mask is not None:
-    return 'it takes no mask'
+  if bias is not None and (platform == 'tpu' or mask is not None or T != S):
+    return 'it takes no bias by distance (positions = "t5")' + (
+        '' if platform == 'tpu' else ' beside a mask, or with more keys than queries')
+  if mask is not None and (platform == 'tpu' or mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
+    return 'it takes no mask' + ('' if platform == 'tpu' else ' but one of keys, [B, 1, 1, S]')
   if axes.parts('length') > 1:
     return 'it takes no queries that are split over devices (mesh axis "sequence")'
   if platform == 'gpu' and q_BxTxHxK.dtype not in (jnp.bfloat16, jnp.float16):
@@ -359,6 +360,38 @@ def _added(whole: jax.Array, part: jax.Array, first: Any, *, axis: int) -> jax.A
   return jax.lax.dynamic_update_slice_in_dim(whole, there + part, first, axis=axis)
 
 
+def _cudnn(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mask: jax.Array | None,
+           bias_GxHxR: jax.Array | None, causal: bool) -> jax.Array:
+  """cuDNN's kernel. It reads a bias and a mask as [T, S], which each device makes of its own part, while the layer is
+  computed; the gradient of a bias comes back as such, and is summed by distance there."""
+  names, T = ('batch', None, 'heads_activation', None), q_BxTxHxK.shape[1]
+  if mask is None and bias_GxHxR is None:
+    return axes.apart(functools.partial(_fused, is_causal=causal), [names] * 3, q_BxTxHxK, k_BxSxHxK, v_BxSxHxK)
+
+  def even(x, *dimensions):  # the gradient takes even lengths only; what is added stands behind all that counts
+    return jnp.pad(x, [(0, n % 2 if i in dimensions else 0) for i, n in enumerate(x.shape)])
+
+  def local(q, k, v, given):
+    q, k, v = (even(x, 1) for x in (q, k, v))
+    shape = q.shape[1], k.shape[1]
+    if mask is not None:
+      seen = jnp.broadcast_to(even(given, 3), (len(q), 1, *shape))
+      return _fused(q, k, v, mask=seen, is_causal=causal)[:, :T]
+    added = shape[0] - T
+    bias = by_distance(jnp.pad(given, ((0, 0), (0, 0), (added, added))), *shape).astype(q.dtype)
+    valid = {} if causal or not added else {'key_value_seq_lengths': jnp.full(q.shape[:1], T, jnp.int32)}
+    groups = (jnp.split(x, len(bias)) for x in (q, k, v))  # one of them where several devices have one each
+    return jnp.concatenate([_fused(*each, bias=own[None], is_causal=causal, **valid)
+                            for *each, own in zip(*groups, bias, strict=True)])[:, :T]
+
+  given, as_given = (bias_GxHxR, ('batch', 'heads_activation', None)) if mask is None else (
+      jnp.broadcast_to(mask, (len(q_BxTxHxK), *mask.shape[1:])), ('batch', None, None, None))
+  return axes.apart(local, (names, names, names, as_given), q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, given)
+
+
+_fused = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+
+
 def _splash(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, causal: bool) -> jax.Array:
   """The Pallas kernel of JAX; lengths are padded to its tiles of 128, and heads are those of each device."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -379,4 +412,4 @@ def _splash(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, ca
     y = jax.vmap(lambda q, k, v: run(q, k, v, segment))(q / math.sqrt(K), k, v)
     return y.transpose(0, 2, 1, 3)[:, :T].astype(v.dtype)
 
-  return axes.apart(local, ('batch', None, 'heads_activation', None), q_BxTxHxK, k_BxTxHxK, v_BxTxHxK)
+  return axes.apart(local, [('batch', None, 'heads_activation', None)] * 3, q_BxTxHxK, k_BxTxHxK, v_BxTxHxK)

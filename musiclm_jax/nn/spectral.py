@@ -110,7 +110,7 @@ def stft(x_BxN: jax.Array, window: int, hop: int, *, padded: bool = True, fft_si
   if frames_BxFxW.shape[0] % axes.parts('batch'):
     return transform(frames_BxFxW)
   # The compiler splits no Fourier transform: left to itself it gathers all frames on every device.
-  return axes.apart(transform, ('batch', None, None), frames_BxFxW, kernel=False)
+  return axes.apart(transform, [('batch', None, None)], frames_BxFxW, kernel=False)
 
 
 def _hz_to_mel(hz):

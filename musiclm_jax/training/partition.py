@@ -162,10 +162,11 @@ class Partitioner:
   def num_devices(self) -> int:
     return self.mesh.size
 
-  def apart(self, f: Callable[..., jax.Array], names: tuple, arrays: tuple[jax.Array, ...], kernel: bool) -> jax.Array:
+  def apart(self, f: Callable[..., jax.Array], names: Sequence[tuple], arrays: tuple[jax.Array, ...], kernel: bool
+            ) -> jax.Array:
     """What `axes.apart` does inside a step."""
-    spec = self._spec(names, arrays[0].shape, 'activation')
-    return jax.shard_map(f, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=not kernel)(*arrays)
+    specs = tuple(self._spec(of, x.shape, 'activation') for of, x in zip(names, arrays, strict=True))
+    return jax.shard_map(f, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=not kernel)(*arrays)
 
   @property
   def batch_parts(self) -> int:

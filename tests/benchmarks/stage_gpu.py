@@ -1,6 +1,7 @@
 """The token stages on an accelerator, all in one call and without TensorFlow or PyTorch.
 
-  python -m tests.benchmarks.stage_gpu [--size paper] [--batch 16] [--decode 1 8 64] [--profile DIR] [--rounds 5]
+  python -m tests.benchmarks.stage_gpu [--size paper] [--batch 32] [--decode 1 8 64] [--profile DIR] [--rounds 5]
+      [--what training decoding audio] [--stages semantic coarse] [--positions rotary t5] [--dropout 0.1] [--remat]
 
 Random weights. Training: a step of the semantic and of the coarse stage in bfloat16, by rotary positions and by the T5
 bias: tokens a second, what computes attention, the share of the machine's measured products (6 operations for each
@@ -59,11 +60,14 @@ def operations(objective: NextToken) -> float:
 
 
 def train(stage: str, positions: str, args: argparse.Namespace, products: float) -> None:
-  experiment = stage_of(args.size, stage, LM_POSITIONS=positions, LM_REMAT=args.remat, LM_DROPOUT=0.0)
+  experiment = stage_of(args.size, stage, LM_POSITIONS=positions, LM_REMAT=args.remat, LM_DROPOUT=args.dropout)
   objective = experiment.argument('objective')
-  create, step = compiled_step(experiment, args.batch, jnp.bfloat16)
+  # As many tokens for each stage.
+  size = max(1, args.batch * stage_of(args.size, 'semantic').argument('objective').stage.length
+             // objective.stage.length)
+  create, step = compiled_step(experiment, size, jnp.bfloat16)
   key, held = jax.random.key(0), [create()]
-  batch = jax.tree.map(jnp.asarray, batch_of(objective, args.batch))
+  batch = jax.tree.map(jnp.asarray, batch_of(objective, size))
 
   def run():
     held[0], metrics = step(held[0], batch, key)
@@ -74,13 +78,13 @@ def train(stage: str, positions: str, args: argparse.Namespace, products: float)
     with jax.profiler.trace(f'{args.profile}/{stage}_{positions}'):
       jax.block_until_ready(run())
   net, length = objective.transformer, objective.stage.length - 1
-  q = jax.ShapeDtypeStruct((args.batch, length, net.heads, net.head_width), jnp.bfloat16)
+  q = jax.ShapeDtypeStruct((size, length, net.heads, net.head_width), jnp.bfloat16)
   kind = fitting(q, q, None, q if positions == 't5' else None)
   memory = step.memory_analysis()
   gib = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2 ** 30
-  share = args.batch * operations(objective) / seconds / products
-  print(f'| {stage}, {positions} | {kind} | {args.batch * length / seconds:.0f} | {share:.0%} | {gib:.1f} GiB |',
-        flush=True)
+  share = size * operations(objective) / seconds / products
+  print(f'| {stage}, {positions} | {size} x {length} | {kind} | {seconds * 1e3:.1f} ms | {size * length / seconds:.0f} '
+        f'| {share:.0%} | {gib:.1f} GiB |', flush=True)
 
 
 def network(objective: NextToken, dtype: Any = jnp.bfloat16) -> Any:
@@ -119,7 +123,11 @@ def decode(args: argparse.Namespace, bandwidth: float) -> None:
       states.split_model(model)[0]) if 'embedding' not in jax.tree_util.keystr(path))
   steps = objective.stage.target.tokens(objective.stage.seconds)
   for size in args.decode:
-    seconds = median_seconds(lambda size=size: run_stage(model, objective, size), args.rounds) / steps
+    run = lambda size=size: run_stage(model, objective, size)
+    seconds = median_seconds(run, args.rounds) / steps
+    if args.profile:
+      with jax.profiler.trace(f'{args.profile}/decoding_{size}'):
+        jax.block_until_ready(run())
     print(f'| {size} | {size / seconds:.0f} | {seconds * 1e3:.2f} ms | {read / seconds / bandwidth:.0%} |', flush=True)
 
 
@@ -157,10 +165,14 @@ def text_to_audio(args: argparse.Namespace) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--size', default='paper')
-  parser.add_argument('--batch', type=int, default=16)
+  parser.add_argument('--batch', type=int, default=32, help='sequences of the semantic stage, for training')
   parser.add_argument('--decode', type=int, nargs='+', default=[1, 8, 64])
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--remat', action='store_true', help='compute each layer again in the backward pass')
+  parser.add_argument('--dropout', type=float, default=0.0)
+  parser.add_argument('--what', nargs='+', default=['training', 'decoding', 'audio'])
+  parser.add_argument('--stages', nargs='+', default=['semantic', 'coarse'])
+  parser.add_argument('--positions', nargs='+', default=['rotary', 't5'])
   parser.add_argument('--profile', metavar='DIR')
   args = parser.parse_args()
   limits, work = turns.ceilings(8192 if jax.default_backend() != 'cpu' else 1024, 'bfloat16')
@@ -170,16 +182,19 @@ def main() -> None:
   bandwidth = 2 * 4 * 2 ** 26 / median_seconds(lambda: copy(words), args.rounds)
   print(f'{jax.devices()[0].device_kind}: {products / 1e12:.1f} TFLOP/s in products of bfloat16, copies at '
         f'{bandwidth / 1e9:.0f} GB/s', flush=True)
-  print('\n| training | attention | tokens a second | products | memory |\n|---|---|---|---|---|')
-  for stage in ('semantic', 'coarse'):
-    for positions in ('rotary', 't5'):
-      with _continuing(f'{stage}, {positions}'):
-        train(stage, positions, args, products)
-  print('\n| batch | tokens a second | a step | weight bandwidth |\n|---|---|---|---|')
-  with _continuing('decoding'):
-    decode(args, bandwidth)
-  print(flush=True)
-  text_to_audio(args)
+  if 'training' in args.what:
+    print('\n| training | batch | attention | a step | tokens a second | products | memory |\n|---|---|---|---|---|---|---|')
+    for stage in args.stages:
+      for positions in args.positions:
+        with _continuing(f'{stage}, {positions}'):
+          train(stage, positions, args, products)
+  if 'decoding' in args.what:
+    print('\n| batch | tokens a second | a step | weight bandwidth |\n|---|---|---|---|')
+    with _continuing('decoding'):
+      decode(args, bandwidth)
+  if 'audio' in args.what:
+    print(flush=True)
+    text_to_audio(args)
 
 
 @contextlib.contextmanager

@@ -158,7 +158,9 @@ class On:
     ('cpu', 'cudnn', {}, 'a kernel for GPUs, and this runs on cpu'), ('cpu', 'splash', {}, 'a kernel for TPUs'),
     ('gpu', 'cudnn', {'dtype': jnp.float32}, 'bfloat16, not in float32'),
     ('gpu', 'cudnn', {'K': 12}, 'multiple of 8 and at most 128 channels, found 12'),
-    ('gpu', 'cudnn', {'groups': 1}, 'no bias by distance'), ('tpu', 'splash', {'masked': 'keys'}, 'no mask'),
+    ('gpu', 'cudnn', {'groups': 1, 'S': 48}, 'no bias by distance'), ('tpu', 'splash', {'masked': 'keys'}, 'no mask'),
+    ('gpu', 'cudnn', {'groups': 1, 'masked': 'keys'}, 'no bias by distance .* beside a mask'),
+    ('gpu', 'cudnn', {'masked': 'all'}, 'no mask but one of keys'),
     ('tpu', 'splash', {'S': 48}, '40 queries and 48 keys')])
 def test_a_kernel_that_cannot_do_it_is_refused_in_a_line(platform, kind, changes, words):
   dtype = changes.pop('dtype', jnp.bfloat16)
@@ -170,14 +172,63 @@ def test_a_kernel_that_cannot_do_it_is_refused_in_a_line(platform, kind, changes
 
 
 @pytest.mark.parametrize('platform, changes, kind', [
-    ('cpu', {}, 'blockwise'), ('gpu', {}, 'cudnn'), ('tpu', {}, 'splash'), ('gpu', {'groups': 1}, 'xla'),
-    ('tpu', {'groups': 1}, 'xla'), ('gpu', {'masked': 'keys'}, 'xla'), ('gpu', {'K': 12}, 'xla'),
+    ('cpu', {}, 'blockwise'), ('gpu', {}, 'cudnn'), ('tpu', {}, 'splash'), ('gpu', {'groups': 1}, 'cudnn'),
+    ('tpu', {'groups': 1}, 'xla'), ('gpu', {'masked': 'keys'}, 'cudnn'), ('gpu', {'masked': 'places'}, 'xla'), ('gpu', {'K': 12}, 'xla'),
     ('tpu', {'S': 48}, 'xla'), ('cpu', {'T': 1}, 'xla'), ('tpu', {'T': 1}, 'xla'),
     ('tpu', {'groups': 1, 'T': 3000, 'S': 3000}, 'blockwise')])
 def test_the_device_decides(platform, changes, kind):
   q, k, v, mask, bias = arrays(**{'B': 1, 'T': 40, 'S': 40, 'H': 2, 'K': 16, **changes})
   with axes.constraining(On(platform)):
     assert attentions.fitting(q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), mask, bias) == kind
+
+
+CUDNN = {'causal': dict(causal=True), 'full': {}, 'bias': dict(causal=True, groups=1), 'bias, full': dict(groups=1),
+         'bias, odd': dict(causal=True, groups=1, T=27), 'bias, full, odd': dict(groups=1, T=27),
+         'mask': dict(masked='keys'), 'mask, odd': dict(masked='keys', T=27)}
+
+
+@pytest.mark.parametrize('mesh', [None, dict(data=2, fsdp=2, tensor=2)], ids=['one device', 'a mesh'])
+@pytest.mark.parametrize('case', CUDNN.values(), ids=CUDNN)
+def test_what_the_kernel_of_nvidia_is_given(case, mesh, monkeypatch):
+  """The kernel itself is replaced by JAX's formula of the same signature."""
+  monkeypatch.setattr(attentions, '_fused', functools.partial(jax.nn.dot_product_attention, implementation='xla'))
+  case = {'causal': False, 'T': 28, **case}
+  causal, T = case.pop('causal'), case.pop('T')
+  q, k, v, mask, bias = arrays(4, T, T, 4, 8, **case)
+
+  def gradients(f, bias):
+    which = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+    return jax.jit(jax.value_and_grad(lambda *given: jnp.sum(jnp.sin(f(*given))), which))(q, k, v, bias)
+
+  theirs = gradients(lambda q, k, v, bias: formula(q, k, v, mask, bias, causal), bias)
+  if mesh is None:
+    ours = gradients(lambda q, k, v, bias: attentions._cudnn(q, k, v, mask, bias, causal), bias)
+  else:
+    partitioner = Partitioner(**mesh)
+    each = None if bias is None else jnp.repeat(bias, 4, axis=0)  # a group for each part of the batch
+    with partitioner.active():
+      ours = gradients(lambda q, k, v, bias: attentions._cudnn(q, k, v, mask, bias, causal), each)
+    if bias is not None:
+      value, (*others, dbias) = ours
+      ours = value, (*others, dbias.sum(axis=0, keepdims=True))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='no GPU')
+@pytest.mark.parametrize('case', CUDNN.values(), ids=CUDNN)
+def test_the_kernel_of_nvidia_is_the_formula(case):
+  case = {'causal': False, 'T': 28, **case}
+  causal, T = case.pop('causal'), case.pop('T')
+  q, k, v, mask, bias = arrays(4, T, T, 4, 64, **case)
+  which = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+  run = lambda f: jax.jit(jax.grad(lambda *given: jnp.sum(jnp.sin(f(*given))), which))(q, k, v, bias)
+  half = lambda *given: (x.astype(jnp.bfloat16) for x in given)
+  ours = run(lambda q, k, v, bias: attention(*half(q, k, v), mask=mask, bias_GxHxR=bias, causal=causal, kind='cudnn'
+                                             ).astype(jnp.float32))
+  theirs = run(lambda q, k, v, bias: formula(q, k, v, mask, bias, causal))
+  for a, b in zip(ours, theirs, strict=True):
+    assert float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel())) < 0.02
 
 
 @pytest.mark.parametrize('length', [256, 300])
