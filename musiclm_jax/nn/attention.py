@@ -56,7 +56,7 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
   if kind == 'cudnn':
     return _cudnn(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_GxHxR, causal)
   if kind == 'splash':
-    return _splash(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, causal)
+    return _splash(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, causal)
   if kind == 'xla':
     return _plain(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_GxHxR, causal)
   if causal and T > S:
@@ -86,8 +86,8 @@ def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: j
   if bias is not None and (platform == 'tpu' or mask is not None or T != S):
     return 'it takes no bias by distance (positions = "t5")' + (
         '' if platform == 'tpu' else ' beside a mask, or with more keys than queries')
-  if mask is not None and (platform == 'tpu' or mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
-    return 'it takes no mask' + ('' if platform == 'tpu' else ' but one of keys, [B, 1, 1, S]')
+  if mask is not None and (mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
+    return 'it takes no mask but one of keys, [B, 1, 1, S]'
   if axes.parts('length') > 1:
     return 'it takes no queries that are split over devices (mesh axis "sequence")'
   if platform == 'gpu' and q_BxTxHxK.dtype not in (jnp.bfloat16, jnp.float16):
@@ -392,14 +392,15 @@ def _cudnn(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mas
 _fused = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
 
 
-def _splash(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, causal: bool) -> jax.Array:
+def _splash(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, mask: jax.Array | None,
+            causal: bool) -> jax.Array:
   """The Pallas kernel of JAX; lengths are padded to its tiles of 128, and heads are those of each device."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
   T, K = q_BxTxHxK.shape[1], q_BxTxHxK.shape[3]
   length = -(-T // specs.LENGTH_MULTIPLE) * specs.LENGTH_MULTIPLE
 
-  def local(q, k, v):
+  def local(q, k, v, *seen_BxT):
     q, k, v = (jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q, k, v))
     shape = (length, length)
     mask = masks.MultiHeadMask([masks.CausalMask(shape) if causal else masks.FullMask(shape)] * q.shape[1])
@@ -407,9 +408,19 @@ def _splash(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, ca
     sizes = kernels.BlockSizes(block_q=tile, block_kv=tile, block_kv_compute=tile, block_q_dkv=tile, block_kv_dkv=tile,
                                block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile)
     run = kernels.make_splash_mha_single_device(mask, block_sizes=sizes)
-    # What fills up the length lies after all that a causal query sees; otherwise it is a segment of its own.
-    segment = None if causal or length == T else kernels.SegmentIds(*[(jnp.arange(length) < T).astype(jnp.int32)] * 2)
-    y = jax.vmap(lambda q, k, v: run(q, k, v, segment))(q / math.sqrt(K), k, v)
+    # Queries look at keys of their segment. What fills up the length lies after all that a causal query sees; else it
+    # is a segment of its own, of keys, as are those that a mask hides.
+    if seen_BxT:
+      keys_BxT = jnp.pad(seen_BxT[0], ((0, 0), (0, length - T))).astype(jnp.int32)
+    elif causal or length == T:
+      keys_BxT = None
+    else:
+      keys_BxT = jnp.broadcast_to((jnp.arange(length) < T).astype(jnp.int32), (len(q), length))
+    segments = None if keys_BxT is None else kernels.SegmentIds(jnp.ones_like(keys_BxT), keys_BxT)
+    y = jax.vmap(run)(q / math.sqrt(K), k, v, segments)
     return y.transpose(0, 2, 1, 3)[:, :T].astype(v.dtype)
 
-  return axes.apart(local, [('batch', None, 'heads_activation', None)] * 3, q_BxTxHxK, k_BxTxHxK, v_BxTxHxK)
+  names, more = ('batch', None, 'heads_activation', None), ()
+  if mask is not None:
+    more = (jnp.broadcast_to(mask[:, 0, 0], (len(q_BxTxHxK), T)),)
+  return axes.apart(local, [names] * 3 + [('batch', None)] * len(more), q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, *more)

@@ -158,9 +158,11 @@ class On:
     ('cpu', 'cudnn', {}, 'a kernel for GPUs, and this runs on cpu'), ('cpu', 'splash', {}, 'a kernel for TPUs'),
     ('gpu', 'cudnn', {'dtype': jnp.float32}, 'bfloat16, not in float32'),
     ('gpu', 'cudnn', {'K': 12}, 'multiple of 8 and at most 128 channels, found 12'),
-    ('gpu', 'cudnn', {'groups': 1, 'S': 48}, 'no bias by distance'), ('tpu', 'splash', {'masked': 'keys'}, 'no mask'),
+    ('gpu', 'cudnn', {'groups': 1, 'S': 48}, 'no bias by distance'),
+    ('tpu', 'splash', {'groups': 1}, 'no bias by distance'),
     ('gpu', 'cudnn', {'groups': 1, 'masked': 'keys'}, 'no bias by distance .* beside a mask'),
     ('gpu', 'cudnn', {'masked': 'all'}, 'no mask but one of keys'),
+    ('tpu', 'splash', {'masked': 'places'}, 'no mask but one of keys'),
     ('tpu', 'splash', {'S': 48}, '40 queries and 48 keys')])
 def test_a_kernel_that_cannot_do_it_is_refused_in_a_line(platform, kind, changes, words):
   dtype = changes.pop('dtype', jnp.bfloat16)
@@ -173,7 +175,8 @@ def test_a_kernel_that_cannot_do_it_is_refused_in_a_line(platform, kind, changes
 
 @pytest.mark.parametrize('platform, changes, kind', [
     ('cpu', {}, 'blockwise'), ('gpu', {}, 'cudnn'), ('tpu', {}, 'splash'), ('gpu', {'groups': 1}, 'cudnn'),
-    ('tpu', {'groups': 1}, 'xla'), ('gpu', {'masked': 'keys'}, 'cudnn'), ('gpu', {'masked': 'places'}, 'xla'), ('gpu', {'K': 12}, 'xla'),
+    ('tpu', {'groups': 1}, 'xla'), ('gpu', {'masked': 'keys'}, 'cudnn'), ('gpu', {'masked': 'places'}, 'xla'),
+    ('tpu', {'masked': 'keys'}, 'splash'), ('gpu', {'K': 12}, 'xla'),
     ('tpu', {'S': 48}, 'xla'), ('cpu', {'T': 1}, 'xla'), ('tpu', {'T': 1}, 'xla'),
     ('tpu', {'groups': 1, 'T': 3000, 'S': 3000}, 'blockwise')])
 def test_the_device_decides(platform, changes, kind):
@@ -232,15 +235,33 @@ def test_the_kernel_of_nvidia_is_the_formula(case):
 
 
 @pytest.mark.parametrize('length', [256, 300])
-@pytest.mark.parametrize('causal', [True, False])
-def test_the_kernel_of_tpus_lowers_with_its_gradient(length, causal):
+@pytest.mark.parametrize('case', ['causal', 'full', 'mask'])
+def test_the_kernel_of_tpus_lowers_with_its_gradient(length, case):
   spec = jax.ShapeDtypeStruct((2, length, 2, 64), jnp.bfloat16)
+  seen = jnp.arange(length)[None, None, None] < jnp.asarray([[[[7]]], [[[length]]]]) if case == 'mask' else None
   with axes.constraining(On('tpu')):
-    run = functools.partial(attention, causal=causal)
+    run = functools.partial(attention, causal=case == 'causal', mask=seen)
     gradient = jax.grad(lambda q, k, v: jnp.sum(run(q, k, v).astype(jnp.float32)), (0, 1, 2))
     exported = jax.export.export(jax.jit(gradient), platforms=['tpu'])(spec, spec, spec)
   assert exported.mlir_module().count('tpu_custom_call') >= 3  # forward, and two of the gradient
   assert [a.shape for a in exported.out_avals] == [spec.shape] * 3
+
+
+@pytest.mark.parametrize('case', [dict(causal=True), {}, dict(masked='keys')], ids=['causal', 'full', 'mask'])
+@pytest.mark.parametrize('length', [128, 150])
+def test_the_kernel_of_tpus_is_the_formula(length, case, monkeypatch):
+  """As Pallas interprets it, which is not how a TPU computes it."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  monkeypatch.setattr(kernels, 'make_splash_mha_single_device',
+                      functools.partial(kernels.make_splash_mha_single_device, interpret=True))
+  case = dict(case)
+  causal = case.pop('causal', False)
+  q, k, v, mask, _ = arrays(2, length, length, 2, 64, **case)
+  run = lambda f: jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(f(*x))), (0, 1, 2)))(q, k, v)
+  ours = run(lambda q, k, v: attentions._splash(q, k, v, mask, causal))
+  theirs = run(lambda q, k, v: formula(q, k, v, mask, None, causal))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(jnp.abs(b).max())))
 
 
 @pytest.mark.parametrize('kind', ['auto', 'blockwise'])
