@@ -220,7 +220,7 @@ class _Run:
                             compute_dtype=jnp.dtype(precision.compute), ema_decay=precision.ema_decay,
                             skip_nonfinite=precision.max_skipped > 0)
     self.max_skipped, self.microbatches = precision.max_skipped, precision.microbatches
-    self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+    self.step = states.jitted_step(step, partitioner.platform, out_shardings=(self.shardings, None))
     # What comes out is read on the host: each process needs the whole of it.
     self.evaluate = jax.jit(lambda state, batch, key: objective.loss(
         self.model(state), batch, key, training=False), out_shardings=partitioner.replicated)

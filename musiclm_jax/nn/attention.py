@@ -20,6 +20,7 @@ _PLATFORMS = {'cudnn': 'gpu', 'splash': 'tpu'}  # where a kernel runs
 
 _NEGATIVE = -1e30  # finite, so that a row with every key masked gives a number and not NaN
 _BLOCK = 128  # queries a block, where nobody chooses
+_RESIDENT = 2 ** 18  # logits of a block on a CPU that need not be cut further
 _FEW = 8  # queries at most whose logits are computed at once: there is nothing to save
 _SEGMENTS = 8  # lengths of visible keys at most that a causal pass is compiled for
 _TILE = 2 ** 16  # logits that stay in a core's cache
@@ -62,7 +63,9 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
   if causal and T > S:
     raise ValueError(f'causal attention of {T} queries to {S} keys: the first would see none')
   bias_BxHxR = None if bias_GxHxR is None else _of_each_example(bias_GxHxR, q_BxTxHxK.shape[0])
-  return _in_blocks(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_BxHxR, causal, block or _BLOCK)
+  if not block:  # a causal block leaves out keys; else only what the logits take counts
+    block = _BLOCK if causal or axes.platform() != 'cpu' else max(_BLOCK, _RESIDENT // S)
+  return _in_blocks(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_BxHxR, causal, block)
 
 
 def fitting(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None, bias_GxHxR: jax.Array | None) -> str:

@@ -175,15 +175,18 @@ def spread_rows(x_NxD: jax.Array, count: int, key: jax.Array) -> jax.Array:
   trials = 2 + int(math.log(count))
   first_key, key = jax.random.split(key)
   first = x_NxD[jax.random.randint(first_key, (), 0, x_NxD.shape[0])]
-  squares_N = jnp.sum(jnp.square(x_NxD), axis=-1)
+  squares_N, x_DxN = jnp.sum(jnp.square(x_NxD), axis=-1), x_NxD.T
 
   def draw(distance_N, step_key):
-    chosen = jax.random.categorical(step_key, jnp.log(jnp.maximum(distance_N, 1e-20)), shape=(trials,))
-    rows_LxD = x_NxD[chosen]
-    to_rows_NxL = squares_N[:, None] - 2 * x_NxD @ rows_LxD.T + squares_N[chosen]
-    nearest_NxL = jnp.minimum(distance_N[:, None], jnp.maximum(to_rows_NxL, 0))
-    best = jnp.argmin(jnp.sum(nearest_NxL, axis=0))
-    return nearest_NxL[:, best], rows_LxD[best]
+    below_N = jnp.cumsum(distance_N)
+    place_L = jax.random.uniform(step_key, (trials,)) * below_N[-1]
+    # Without a row that differs from those so far, it is the last one.
+    chosen_L = jnp.minimum(jnp.searchsorted(below_N, place_L, side='right'), len(below_N) - 1)
+    rows_LxD = x_NxD[chosen_L]
+    to_rows_LxN = squares_N - 2 * rows_LxD @ x_DxN + squares_N[chosen_L][:, None]
+    nearest_LxN = jnp.minimum(distance_N, jnp.maximum(to_rows_LxN, 0))
+    best = jnp.argmin(jnp.sum(nearest_LxN, axis=1))
+    return nearest_LxN[best], rows_LxD[best]
 
   start = jnp.sum(jnp.square(x_NxD - first), axis=-1)
   _, rows = jax.lax.scan(draw, start, jax.random.split(key, count - 1))

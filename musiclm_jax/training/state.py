@@ -180,6 +180,16 @@ def make_step(objective: Objective, skeleton: Skeleton, optimizer: optax.Gradien
   return step
 
 
+def jitted_step(step: Callable[..., Any], platform: str, **options: Any) -> Callable[..., Any]:
+  """A step of `make_step`, to be compiled with what makes it faster on a platform; it takes the state over.
+
+  LLVM leaves the widest vectors of a CPU unused, for the sake of code that seldom needs them. Where there are none, one
+  becomes two.
+  """
+  compiler_options = {'xla_cpu_prefer_vector_width': 512} if platform == 'cpu' else {}
+  return jax.jit(step, donate_argnums=0, compiler_options=compiler_options, **options)
+
+
 def _finite(tree: Tree) -> jax.Array:
   """Whether all numbers are finite."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]

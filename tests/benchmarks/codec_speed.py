@@ -63,7 +63,7 @@ def ours(wanted: Sequence[str], coded: np.ndarray, trained: np.ndarray) -> tuple
     held = [jax.jit(lambda s, b, k: states.started(objective, skeleton, s, b, k))(fresh, batch, key)]
     step = states.make_step(objective, skeleton, transform)
     about[name] = {'flops': flops.flops(step, held[0], batch, key)}
-    compiled = jax.jit(step, donate_argnums=0).lower(held[0], batch, key).compile()
+    compiled = states.jitted_step(step, jax.default_backend()).lower(held[0], batch, key).compile()
     about[name]['bytes'] = compiled.cost_analysis().get('bytes accessed', 0.0)
 
     def run():

@@ -71,7 +71,7 @@ def ours(batch: int, macros: Sequence[tuple[str, Any]] = (), dtype: str = 'float
           'text': jnp.asarray(words(*spec['text'].shape), jnp.int32)}
   plain = built(MULAN_REMAT=False, MULAN_CHUNKS=1)
   counted = flops.flops(training(plain.argument('objective'), plain)[0], held[0], data, key)
-  compiled = jax.jit(step, donate_argnums=0).lower(held[0], data, key).compile()
+  compiled = states.jitted_step(step, jax.default_backend()).lower(held[0], data, key).compile()
   about = {'parameters': sum(v.size for v in jax.tree.leaves(held[0].params)), 'flops': counted,
            'device': jax.devices()[0].device_kind,
            'memory': compiled.memory_analysis().temp_size_in_bytes + compiled.memory_analysis().argument_size_in_bytes}

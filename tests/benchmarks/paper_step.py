@@ -54,7 +54,8 @@ def compiled_step(experiment: config.Experiment, batch: int, dtype: Any = jnp.fl
   transform = optimizers.by_group(objective, states.nnx.to_pure_dict(skeleton.params), experiment.argument('optimizer'))
   create = jax.jit(lambda: states.create(objective, transform, jax.random.key(0), keep_ema=False))
   key = jax.eval_shape(lambda: jax.random.key(0))
-  step = jax.jit(states.make_step(objective, skeleton, transform, compute_dtype=dtype), donate_argnums=0)
+  made = states.make_step(objective, skeleton, transform, compute_dtype=dtype)
+  step = states.jitted_step(made, jax.default_backend())
   return create, step.lower(jax.eval_shape(create), objective.batch_spec(batch), key).compile()
 
 

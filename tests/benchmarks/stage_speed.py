@@ -57,7 +57,7 @@ def ours(length: int, count: int, positions: str) -> tuple[Calls, dict[str, Any]
   key = jax.random.key(0)
   held = [jax.jit(lambda k: states.create(objective, transform, k, keep_ema=False))(key)]
   batch = {'semantic': jnp.asarray(tokens(length)[..., None], jnp.int32), 'slot': jnp.arange(BATCH)}
-  step = jax.jit(states.make_step(objective, skeleton, transform), donate_argnums=0)
+  step = states.jitted_step(states.make_step(objective, skeleton, transform), jax.default_backend())
 
   def train():
     held[0], metrics = step(held[0], batch, key)
