@@ -76,8 +76,9 @@ def evaluate(workdir: str | os.PathLike, *, output: str | os.PathLike | None = N
   for name in report.SECTIONS:
     try:
       figures[name], shown = getattr(measure, name)()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:  # the other sections are worth having
       notes.append(f'Section {name} was not measured: {error}')
+      print(notes[-1], file=sys.stderr, flush=True)
       continue
     players += shown
     print(f'measured {name}', file=sys.stderr, flush=True)

@@ -253,6 +253,11 @@ class Cache(NamedTuple):
   v_BxHxSxK: tuple[jax.Array, ...]
   filled: jax.Array  # int32 scalar
 
+  def longer(self, length: int) -> Cache:
+    """The same positions in a cache for `length` of them."""
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+    return Cache(tuple(map(pad, self.k_BxHxSxK)), tuple(map(pad, self.v_BxHxSxK)), self.filled)
+
 
 class Attention(nnx.Module):
   """Multi-head self-attention with its four projections."""

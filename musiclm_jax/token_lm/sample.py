@@ -49,13 +49,16 @@ def sample_rows(model: TokenLM, rows_BxT: jax.Array, null_rows_BxT: jax.Array | 
     code_B = choose(logits, place)
     return code_B, cache, jax.lax.dynamic_update_slice_in_dim(codes_BxN, code_B[:, None], i, axis=1)
 
+  # Each step looks at the whole cache: the first half of them has a cache of its own, which is shorter.
+  half = (length - given + 1) // 2
   rows, layers = twice(rows_BxT, null_rows_BxT), model.transformer.layers.apart()
-  logits, cache = model.extend(rows, model.init_cache(rows.shape[0], length), positions_2xL, first % levels,
+  logits, cache = model.extend(rows, model.init_cache(rows.shape[0], given + half), positions_2xL, first % levels,
                                layers=layers)
   code_B = choose(logits, first)
   codes_BxN = jnp.zeros((B, length - given), jnp.int32)
   codes_BxN = jax.lax.dynamic_update_slice_in_dim(codes_BxN, code_B[:, None], 0, axis=1)
-  return jax.lax.fori_loop(1, length - given, step, (code_B, cache, codes_BxN))[2]
+  code_B, cache, codes_BxN = jax.lax.fori_loop(1, half, step, (code_B, cache, codes_BxN))
+  return jax.lax.fori_loop(half, length - given, step, (code_B, cache.longer(length), codes_BxN))[2]
 
 
 def row_nats(model: TokenLM, rows_BxL: jax.Array, positions_2xL: jax.Array, condition_length: jax.Array) -> jax.Array:

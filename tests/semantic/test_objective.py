@@ -193,11 +193,14 @@ def test_every_other_group_starts_from_decorrelated_rows():
   direction = np.r_[np.ones(4), -np.ones(4)]
   rows = jnp.float32(loud + 0.15 * kind[:, None] * direction + generator.normal(0, 0.1, (600, 8)))
   quantizer = GumbelQuantizer(8, 2, 2, 12, rngs=nnx.Rngs(0))
-  quantizer.logits.w[...], quantizer.logits.b[...] = quantizer.kmeans_start(rows, KEY)
-  ids = np.asarray(quantizer(rows[None]).ids_BxTxG)[0]
-  agree = [abs(np.corrcoef(group, kind)[0, 1]) for group in ids.T]
-  loudness = [abs(np.corrcoef(group, loud[:, 0])[0, 1]) for group in ids.T]
-  assert agree[0] < 0.2 < 0.5 < agree[1] and loudness[0] > 0.7
+  agree, loudness = [], []
+  for key in jax.random.split(KEY, 7):  # one start in six ends at other clusters of the decorrelated rows
+    quantizer.logits.w[...], quantizer.logits.b[...] = quantizer.kmeans_start(rows, key)
+    ids = np.asarray(quantizer(rows[None]).ids_BxTxG)[0]
+    agree.append([abs(np.corrcoef(group, kind)[0, 1]) for group in ids.T])
+    loudness.append([abs(np.corrcoef(group, loud[:, 0])[0, 1]) for group in ids.T])
+  agree, loudness = np.median(agree, axis=0), np.median(loudness, axis=0)
+  assert agree[0] < 0.2 and agree[1] > 0.9 and loudness[0] > 0.7
 
 
 def test_silence_starts_with_finite_codes():
