@@ -67,23 +67,27 @@ def evaluate(workdir: str | os.PathLike, *, output: str | os.PathLike | None = N
              amounts: Amounts = Amounts()) -> dict[str, Any]:
   """Writes `report.json`, `report.html` and `samples/*.wav` to `output` (the workdir by default).
 
-  What was not trained yet is left out, and its bars read as not measured. Returns the content of the report.
+  What was not trained yet is left out, and its bars read as not measured. Returns the content of the report. Raises
+  ValueError, after all else is written, where a section cannot be measured for another reason.
   """
   root = pathlib.Path(workdir)
   output = pathlib.Path(output or root)
   measure = _Measure(root, seed, amounts)
-  figures, players, notes = {}, [], list(measure.notes)
+  figures, players, notes, failed = {}, [], list(measure.notes), []
   for name in report.SECTIONS:
     try:
       figures[name], shown = getattr(measure, name)()
-    except (FileNotFoundError, ValueError) as error:  # the other sections are worth having
+    except (FileNotFoundError, ValueError) as error:
       notes.append(f'Section {name} was not measured: {error}')
-      print(notes[-1], file=sys.stderr, flush=True)
+      failed += [notes[-1]] if isinstance(error, ValueError) else []
       continue
     players += shown
     print(f'measured {name}', file=sys.stderr, flush=True)
   _write_wavs(output / 'samples', players)
-  return report.write_report(output, figures, _runs(root), players, environment=_environment(measure), notes=notes)
+  found = report.write_report(output, figures, _runs(root), players, environment=_environment(measure), notes=notes)
+  if failed:
+    raise ValueError(f'{" ".join(failed)} (the report has the other sections)')
+  return found
 
 
 def _write_wavs(folder: pathlib.Path, players: list[Players]) -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tests spend their time in the compiler, not in what it makes. The quickstart is compiled as a user's is.
 _FLAGS = {'--xla_force_host_platform_device_count': '8', '--xla_backend_optimization_level': '0'}
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *(

@@ -28,6 +28,8 @@ _TILE = 2 ** 16  # logits that stay in a core's cache
 # more memory: for the coarse stage on 16 TPU v5e, 2262 positions and 16 examples a chip, `musiclm plan` has 4.1 s and
 # 16.5 GiB with all logits at once, 5.4 s and 10.3 GiB in blocks.
 _WHOLE = 1024 ** 2
+_SPREAD = 4096 ** 2  # logits of a head over which a bias by distance is spread for a kernel
+_HIDDEN = -1e4  # a logit without any weight, in half precision
 
 
 def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, *, mask: jax.Array | None = None,
@@ -36,7 +38,8 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
   """Softmax attention, softmax in float32, logits scaled by 1/sqrt(K). Returns [B, T, H, K].
 
   Args:
-    mask: bool, broadcastable to [B, H, T, S]; True where a query may look.
+    mask: bool, broadcastable to [B, H, T, S]; True where a query may look. What a query that may look nowhere finds
+      means nothing.
     bias: added to the logits by distance: that of query t and key s is entry s - t + T - 1. Each of G equal groups of
       successive examples has its own.
     causal: query t sees keys 0 to t + S - T only.
@@ -86,9 +89,10 @@ def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: j
   T, S, K = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1], q_BxTxHxK.shape[3]
   if axes.platform() != platform:
     return f'a kernel for {platform.upper()}s, and this runs on {axes.platform()}'
-  if bias is not None and (platform == 'tpu' or mask is not None or T != S):
-    return 'it takes no bias by distance (positions = "t5")' + (
-        '' if platform == 'tpu' else ' beside a mask, or with more keys than queries')
+  if bias is not None and (platform == 'tpu' or mask is not None):
+    return 'it takes no bias by distance (positions = "t5")' + ('' if platform == 'tpu' else ' beside a mask')
+  if bias is not None and T * S > _SPREAD:
+    return f'it spreads a bias by distance over {_SPREAD} logits a head at most, found {T} x {S}'
   if mask is not None and (mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
     return 'it takes no mask but one of keys, [B, 1, 1, S]'
   if axes.parts('length') > 1:
@@ -97,7 +101,7 @@ def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: j
     return f'it computes in bfloat16, not in {q_BxTxHxK.dtype} (COMPUTE_DTYPE)'
   if platform == 'gpu' and (K % 8 or K > 128):
     return f'a head must have a multiple of 8 and at most 128 channels, found {K}'
-  if platform == 'tpu' and T != S:
+  if T != S:
     return f'it takes as many queries as keys, found {T} queries and {S} keys'
   return ''
 
@@ -382,13 +386,14 @@ def _cudnn(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mas
       return _fused(q, k, v, mask=seen, is_causal=causal)[:, :T]
     added = shape[0] - T
     bias = by_distance(jnp.pad(given, ((0, 0), (0, 0), (added, added))), *shape).astype(q.dtype)
-    valid = {} if causal or not added else {'key_value_seq_lengths': jnp.full(q.shape[:1], T, jnp.int32)}
+    if added and not causal:
+      bias = jnp.where(jnp.arange(shape[1]) < T, bias, _HIDDEN)
     groups = (jnp.split(x, len(bias)) for x in (q, k, v))  # one of them where several devices have one each
-    return jnp.concatenate([_fused(*each, bias=own[None], is_causal=causal, **valid)
+    return jnp.concatenate([_fused(*each, bias=own[None], is_causal=causal)
                             for *each, own in zip(*groups, bias, strict=True)])[:, :T]
 
   given, as_given = (bias_GxHxR, ('batch', 'heads_activation', None)) if mask is None else (
-      jnp.broadcast_to(mask, (len(q_BxTxHxK), *mask.shape[1:])), ('batch', None, None, None))
+      jnp.broadcast_to(mask, (len(q_BxTxHxK), 1, 1, T)), ('batch', None, None, None))
   return axes.apart(local, (names, names, names, as_given), q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, given)
 
 

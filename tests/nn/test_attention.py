@@ -158,7 +158,8 @@ class On:
     ('cpu', 'cudnn', {}, 'a kernel for GPUs, and this runs on cpu'), ('cpu', 'splash', {}, 'a kernel for TPUs'),
     ('gpu', 'cudnn', {'dtype': jnp.float32}, 'bfloat16, not in float32'),
     ('gpu', 'cudnn', {'K': 12}, 'multiple of 8 and at most 128 channels, found 12'),
-    ('gpu', 'cudnn', {'groups': 1, 'S': 48}, 'no bias by distance'),
+    ('gpu', 'cudnn', {'S': 48}, '40 queries and 48 keys'),
+    ('gpu', 'cudnn', {'T': 4100, 'S': 4100, 'H': 1, 'groups': 1}, 'over 16777216 logits a head at most'),
     ('tpu', 'splash', {'groups': 1}, 'no bias by distance'),
     ('gpu', 'cudnn', {'groups': 1, 'masked': 'keys'}, 'no bias by distance .* beside a mask'),
     ('gpu', 'cudnn', {'masked': 'all'}, 'no mask but one of keys'),
@@ -177,7 +178,7 @@ def test_a_kernel_that_cannot_do_it_is_refused_in_a_line(platform, kind, changes
     ('cpu', {}, 'blockwise'), ('gpu', {}, 'cudnn'), ('tpu', {}, 'splash'), ('gpu', {'groups': 1}, 'cudnn'),
     ('tpu', {'groups': 1}, 'xla'), ('gpu', {'masked': 'keys'}, 'cudnn'), ('gpu', {'masked': 'places'}, 'xla'),
     ('tpu', {'masked': 'keys'}, 'splash'), ('gpu', {'K': 12}, 'xla'),
-    ('tpu', {'S': 48}, 'xla'), ('cpu', {'T': 1}, 'xla'), ('tpu', {'T': 1}, 'xla'),
+    ('tpu', {'S': 48}, 'xla'), ('gpu', {'S': 48}, 'xla'), ('cpu', {'T': 1}, 'xla'), ('tpu', {'T': 1}, 'xla'),
     ('tpu', {'groups': 1, 'T': 3000, 'S': 3000}, 'blockwise')])
 def test_the_device_decides(platform, changes, kind):
   q, k, v, mask, bias = arrays(**{'B': 1, 'T': 40, 'S': 40, 'H': 2, 'K': 16, **changes})

@@ -54,6 +54,14 @@ def test_as_many_codes_as_points_leave_no_error():
   np.testing.assert_allclose(buffers['codebook'][0][index], rows, atol=1e-5)
 
 
+def test_a_row_that_is_not_finite_is_seen_in_the_start():
+  rows = jax.random.normal(jax.random.key(0), (200, D))
+  assert len(np.unique(quantize.spread_rows(rows, 8, jax.random.key(1)), axis=0)) == 8
+  assert not np.isfinite(quantize.spread_rows(rows.at[7, 2].set(jnp.nan), 8, jax.random.key(1))).all()
+  repeated = quantize.spread_rows(jnp.ones((20, D)), 3, jax.random.key(1))  # no row differs
+  np.testing.assert_array_equal(repeated, np.ones((3, D)))
+
+
 def test_inertia_is_that_of_scikit_learn():
   sklearn_cluster = pytest.importorskip('sklearn.cluster')
   # Correlated features without separate clusters: where there are few, either may miss the better of two solutions.
