@@ -79,7 +79,8 @@ def evaluate(workdir: str | os.PathLike, *, output: str | os.PathLike | None = N
       figures[name], shown = getattr(measure, name)()
     except (FileNotFoundError, ValueError) as error:
       notes.append(f'Section {name} was not measured: {error}')
-      failed += [notes[-1]] if isinstance(error, ValueError) else []
+      if isinstance(error, ValueError):
+        failed.append(notes[-1])
       continue
     players += shown
     print(f'measured {name}', file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """The only file that knows devices: the mesh, and which logical axis is split over which mesh axis."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools

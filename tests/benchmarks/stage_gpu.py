@@ -8,8 +8,8 @@ bias: tokens a second, what computes attention, the share of the machine's measu
 parameter in a product and token, and causal attention once; what is computed again is not counted), and memory.
 Decoding: steps of cached sampling at each batch, tokens a second, and the share of the speed at which the weights could
 be read from memory once a step. Generation: 30 s of audio from MuLan tokens through all three stages and the codec,
-beside the 30 s that it lasts, compiled before. `--profile` writes a trace of a training step for TensorBoard or
-Perfetto. Runs on CPU, too, with `--size nano`, to see that it runs.
+beside the 30 s that it lasts, compiled before. `--profile` writes traces of a training step and of decoding for
+TensorBoard or Perfetto. Runs on CPU, too, with `--size nano`, to see that it runs.
 """
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def main() -> None:
   print(f'{jax.devices()[0].device_kind}: {products / 1e12:.1f} TFLOP/s in products of bfloat16, copies at '
         f'{bandwidth / 1e9:.0f} GB/s', flush=True)
   if 'training' in args.what:
-    print('\n| training | batch | attention | a step | tokens a second | products | memory |\n|---|---|---|---|---|---|---|')
+    print('\n| training | batch | attention | a step | tokens a second | products | memory |\n|' + '---|' * 7)
     for stage in args.stages:
       for positions in args.positions:
         with _continuing(f'{stage}, {positions}'):
