@@ -367,34 +367,41 @@ def _added(whole: jax.Array, part: jax.Array, first: Any, *, axis: int) -> jax.A
   return jax.lax.dynamic_update_slice_in_dim(whole, there + part, first, axis=axis)
 
 
-def _cudnn(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mask: jax.Array | None,
+def _cudnn(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, mask: jax.Array | None,
            bias_GxHxR: jax.Array | None, causal: bool) -> jax.Array:
-  """cuDNN's kernel. It reads a bias and a mask as [T, S], which each device makes of its own part, while the layer is
+  """cuDNN's kernel. It reads a bias and a mask as [T, T], which each device makes of its own part, while the layer is
   computed; the gradient of a bias comes back as such, and is summed by distance there."""
   names, T = ('batch', None, 'heads_activation', None), q_BxTxHxK.shape[1]
-  if mask is None and bias_GxHxR is None:
-    return axes.apart(functools.partial(_fused, is_causal=causal), [names] * 3, q_BxTxHxK, k_BxSxHxK, v_BxSxHxK)
+  added = T % 2  # the gradient takes even lengths only; what is added stands behind all that counts
+  length = T + added
 
-  def even(x, *dimensions):  # the gradient takes even lengths only; what is added stands behind all that counts
-    return jnp.pad(x, [(0, n % 2 if i in dimensions else 0) for i, n in enumerate(x.shape)])
+  def kernel(q, k, v, **given):
+    filled = (jnp.pad(x, ((0, 0), (0, added), (0, 0), (0, 0))) for x in (q, k, v))
+    return _fused(*filled, is_causal=causal, **given)[:, :T]
 
-  def local(q, k, v, given):
-    q, k, v = (even(x, 1) for x in (q, k, v))
-    shape = q.shape[1], k.shape[1]
-    if mask is not None:
-      seen = jnp.broadcast_to(even(given, 3), (len(q), 1, *shape))
-      return _fused(q, k, v, mask=seen, is_causal=causal)[:, :T]
-    added = shape[0] - T
-    bias = by_distance(jnp.pad(given, ((0, 0), (0, 0), (added, added))), *shape).astype(q.dtype)
+  def plain(q, k, v):
+    if causal or not added:
+      return kernel(q, k, v)
+    return kernel(q, k, v, mask=jnp.broadcast_to(jnp.arange(length) < T, (1, 1, length, length)))
+
+  def masked(q, k, v, seen):
+    seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (0, added)))
+    return kernel(q, k, v, mask=jnp.broadcast_to(seen, (len(q), 1, length, length)))
+
+  def biased(q, k, v, bias):
+    bias = by_distance(jnp.pad(bias, ((0, 0), (0, 0), (added, added))), length, length).astype(q.dtype)
     if added and not causal:
-      bias = jnp.where(jnp.arange(shape[1]) < T, bias, _HIDDEN)
+      bias = jnp.where(jnp.arange(length) < T, bias, _HIDDEN)
     groups = (jnp.split(x, len(bias)) for x in (q, k, v))  # one of them where several devices have one each
-    return jnp.concatenate([_fused(*each, bias=own[None], is_causal=causal)
-                            for *each, own in zip(*groups, bias, strict=True)])[:, :T]
+    return jnp.concatenate([kernel(*each, bias=own[None]) for *each, own in zip(*groups, bias, strict=True)])
 
-  given, as_given = (bias_GxHxR, ('batch', 'heads_activation', None)) if mask is None else (
-      jnp.broadcast_to(mask, (len(q_BxTxHxK), 1, 1, T)), ('batch', None, None, None))
-  return axes.apart(local, (names, names, names, as_given), q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, given)
+  arrays = q_BxTxHxK, k_BxTxHxK, v_BxTxHxK
+  if mask is not None:
+    seen = jnp.broadcast_to(mask, (len(q_BxTxHxK), 1, 1, T))
+    return axes.apart(masked, (*[names] * 3, ('batch', None, None, None)), *arrays, seen)
+  if bias_GxHxR is not None:
+    return axes.apart(biased, (*[names] * 3, ('batch', 'heads_activation', None)), *arrays, bias_GxHxR)
+  return axes.apart(plain, [names] * 3, *arrays)
 
 
 _fused = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')

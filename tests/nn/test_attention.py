@@ -186,7 +186,8 @@ def test_the_device_decides(platform, changes, kind):
     assert attentions.fitting(q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), mask, bias) == kind
 
 
-CUDNN = {'causal': dict(causal=True), 'full': {}, 'bias': dict(causal=True, groups=1), 'bias, full': dict(groups=1),
+CUDNN = {'causal': dict(causal=True), 'full': {}, 'causal, odd': dict(causal=True, T=27), 'full, odd': dict(T=27),
+         'bias': dict(causal=True, groups=1), 'bias, full': dict(groups=1),
          'bias, odd': dict(causal=True, groups=1, T=27), 'bias, full, odd': dict(groups=1, T=27),
          'mask': dict(masked='keys'), 'mask, odd': dict(masked='keys', T=27)}
 
