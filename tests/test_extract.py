@@ -66,7 +66,19 @@ def test_the_tokens_are_those_of_the_networks(audio, tokens, cascade):
              'semantic': cascade.function('semantic', 'tokens')(clip),
              'mulan': cascade.function('mulan', 'tokens')(mulan)}
     for name, there in alone.items():
-      np.testing.assert_array_equal(np.asarray(there)[0], made[i][name], err_msg=f'{name} of clip {i}')
+      if name == 'mulan':
+        assert_same_codes(cascade.part('mulan').model.quantizer, mulan[0], np.asarray(there)[0, 0], made[i][name][0])
+      else:
+        np.testing.assert_array_equal(np.asarray(there)[0], made[i][name], err_msg=f'{name} of clip {i}')
+
+
+def assert_same_codes(quantizer, x_E, ours_Q, theirs_Q):
+  """Up to the first level at which both codes are as near: an embedding is an average over windows, of which a longer
+  clip beside it makes more, and rounding then decides."""
+  different = np.flatnonzero(ours_Q != theirs_Q)
+  if len(different):
+    errors = [np.linalg.norm(x_E - quantizer.decode(codes[:different[0] + 1])) for codes in (ours_Q, theirs_Q)]
+    np.testing.assert_allclose(*errors, rtol=1e-5)
 
 
 def test_tokens_without_a_network(audio, tokens, networks, tmp_path):

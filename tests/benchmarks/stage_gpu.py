@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from musiclm_jax import config
+from musiclm_jax.generate import windows
+from musiclm_jax.generate.pipeline import Settings
 from musiclm_jax.nn.attention import fitting
 from musiclm_jax.specs import Stage
 from musiclm_jax.token_lm.draw import Sampling
@@ -109,11 +111,12 @@ def conditions(stage: Stage, seconds: float, size: int) -> dict[str, jax.Array]:
           for spec in stage.conditions}
 
 
-def run_stage(model: Any, objective: NextToken, size: int) -> jax.Array:
-  """The target of one whole crop for `size` sequences."""
-  layout = Layout(objective.stage)
+def run_stage(model: Any, objective: NextToken, size: int, known: int = 0) -> jax.Array:
+  """The target of one whole crop for `size` sequences, the first `known` frames of which are there."""
+  layout, target = Layout(objective.stage), objective.stage.target
   given = conditions(objective.stage, layout.duration, size)
-  return sample(model, layout, given, jax.random.split(jax.random.key(0), size), Sampling())
+  return sample(model, layout, given, jax.random.split(jax.random.key(0), size), Sampling(),
+                prefix_BxFxQ=jnp.zeros((size, known, target.levels), jnp.int32))
 
 
 def decode(args: argparse.Namespace, bandwidth: float) -> None:
@@ -132,8 +135,8 @@ def decode(args: argparse.Namespace, bandwidth: float) -> None:
 
 
 def text_to_audio(args: argparse.Namespace) -> None:
-  """From MuLan tokens on: 30 s as so many crops of each stage, one after another but for the fine stage's, as one
-  batch; and the codec."""
+  """From MuLan tokens on: 30 s in the windows of `musiclm generate`, one after another where one continues another,
+  else as one batch; and the codec."""
   stages = {name: stage_of(args.size, name, LM_POSITIONS='rotary').argument('objective')
             for name in ('semantic', 'coarse', 'fine')}
   models = {name: network(objective) for name, objective in stages.items()}
@@ -143,14 +146,20 @@ def text_to_audio(args: argparse.Namespace) -> None:
   decoder = states.compiled(states.Skeleton.of(codec).model(params, buffers), 'decode')
   spec = codec.token_spec
   codes = jnp.zeros((1, spec.frames(SECONDS), spec.levels), jnp.int32)
-  crops = {name: max(1, round(SECONDS / objective.stage.seconds)) for name, objective in stages.items()}
+  plans = {name: windows.cover(objective.stage, windows.ticks(SECONDS), overlap=Settings().overlap_of(name))
+           for name, objective in stages.items()}
 
   def run():
     begun = time.perf_counter()
     parts = {}
     for name, objective in stages.items():
-      for _ in range(1 if name == 'fine' else 2 * crops[name] - 1):  # windows that overlap by half
-        jax.block_until_ready(run_stage(models[name], objective, crops[name] if name == 'fine' else 1))
+      places = plans[name].windows
+      if plans[name].stand_alone:
+        jax.block_until_ready(run_stage(models[name], objective, len(places)))
+      else:
+        for place in places:
+          known = windows.frame(place.first - place.start, objective.stage.target)
+          jax.block_until_ready(run_stage(models[name], objective, 1, known))
       parts[name], begun = time.perf_counter() - begun, time.perf_counter()
     jax.block_until_ready(decoder(codes))
     return {**parts, 'codec': time.perf_counter() - begun}
