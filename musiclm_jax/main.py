@@ -482,7 +482,7 @@ Gin files and bindings are those of `musiclm train`; no data is read.
 
 topologies:
   v5e:4x4  v5e:16x16  v6e:8x8  v5p:4x4x4     a slice of TPUs
-  v5e:16x16*4                                four slices, joined by the network of the data centre
+  v5e:16x16*2                                two slices, joined by the network of the data centre
   h100:8  h200:8  h100:8x4                   a node of 8 GPUs; four nodes
   cpu:8                                      CPU devices: messages and memory only
 

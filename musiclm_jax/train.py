@@ -179,14 +179,10 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   with Interruption() as interruption, run.begun(batches, lineage, configuration, keep=cadence.keep) as checkpoints:
     with wall.lost_to('start'):
       state = jax.block_until_ready(run.restore_or_create(checkpoints, batches))
-    first = int(state.step)
-    state, again = _loop(run, state, batches, eval_batches, checkpoints, cadence, last, wall, interruption)
-    with wall.lost_to('checkpoints'):
-      run.save(state, checkpoints)
-    if int(state.step) > first:
-      report = wall.report(first, int(state.step), again)
-      goodput.write(workdir, report)
-      logging.info('%s', goodput.words(report))
+    with wall.reported(workdir):
+      state = _loop(run, state, batches, eval_batches, checkpoints, cadence, last, wall, interruption)
+      with wall.lost_to('checkpoints'):
+        run.save(state, checkpoints)
   if int(state.step) < last:
     raise Stopped(interruption.signal, int(state.step))
   return state
@@ -383,12 +379,13 @@ def _laid_out(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax
 
 def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches | None,
           checkpoints: checkpoint.Checkpoints, cadence: Cadence, last: int, wall: goodput.WallTime,
-          interruption: Interruption) -> tuple[TrainState, int]:
-  """The state after the last step, and how many of the first steps an earlier start had done and not saved."""
-  first = int(state.step)
+          interruption: Interruption) -> TrainState:
+  """The state after the last step."""
+  first = wall.first = wall.last = int(state.step)
   writer = metrics.MetricsWriter(run.workdir, first, tensorboard=cadence.tensorboard)
+  wall.again = writer.forgotten
   if first >= last:
-    return state, writer.forgotten
+    return state
   alarm, held_out_alarm = (metrics.BarAlarm(cadence.alarm_after, held_out=held_out) for held_out in (False, True))
   skipped = metrics.SkippedSteps(run.max_skipped)
   progress = metrics.Progress(pathlib.Path(run.workdir).name, first, last)
@@ -429,7 +426,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
         batch = next(feed)
       with wall.lost_to('compilation') if step == first else contextlib.nullcontext():
         state, values = run.step(state, run.partitioner.global_batch(batch), run.run_key)
-      done = step + 1
+      done = wall.last = step + 1
       settle()
       pending = (done, values)
       # All lines of a step are written before it is saved: a run that goes on from there has them.
@@ -453,7 +450,7 @@ def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches 
     progress.close()
     feed.close()
     writer.close()
-  return state, writer.forgotten
+  return state
 
 
 def _keep_batch(run: _Run, batches: Batches, step: int) -> pathlib.Path | None:

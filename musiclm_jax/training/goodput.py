@@ -9,6 +9,7 @@ import os
 import pathlib
 import time
 
+from absl import logging
 import jax
 
 FILE = 'goodput.jsonl'
@@ -23,6 +24,8 @@ class WallTime:
   def __init__(self):
     self._begun = time.monotonic()
     self._lost: dict[str, float] = collections.defaultdict(float)
+    self.first = self.last = 0  # steps done when the run began, and so far
+    self.again = 0  # of these, how many an earlier start had done and not saved
 
   @contextlib.contextmanager
   def lost_to(self, cause: str) -> Iterator[None]:
@@ -35,8 +38,26 @@ class WallTime:
     finally:
       self._lost[cause] += time.monotonic() - begun
 
-  def report(self, first: int, last: int, again: int = 0) -> dict[str, float]:
-    """Of the steps after `first` up to `last`, the first `again` of which an earlier start had done."""
+  @contextlib.contextmanager
+  def reported(self, workdir: str | os.PathLike) -> Iterator[None]:
+    """Reports at the end, whatever ends it, where there was a step."""
+    try:
+      yield
+    except BaseException:
+      with contextlib.suppress(OSError):  # a full disk, say, which may be what ended it
+        self._report(workdir)
+      raise
+    self._report(workdir)
+
+  def _report(self, workdir: str | os.PathLike) -> None:
+    if self.last > self.first:
+      report = self.report()
+      write(workdir, report)
+      logging.info('%s', words(report))
+
+  def report(self) -> dict[str, float]:
+    """Seconds by cause, and the share of them that went into steps."""
+    first, last, again = self.first, self.last, self.again
     wall = time.monotonic() - self._begun
     lost = {cause: self._lost[cause] for cause in CAUSES}
     productive = max(wall - sum(lost.values()), 0.0)

@@ -1,5 +1,5 @@
-"""Two processes over loopback: one that hangs is missed within a bound and named, one with a memory fault is named, one
-that fails does not leave the other waiting, and asking one to stop stops both.
+"""Processes over loopback: one that is killed or hangs is missed within a bound and named, one with a memory fault is
+named, one that fails does not leave the others waiting, asking one to stop stops all, and as many or fewer go on.
 """
 import json
 import signal
@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 
+import numpy as np
 import pytest
 
 from musiclm_jax.training import checkpoint
@@ -16,19 +17,25 @@ from tests.test_every_training import (  # noqa: F401 (fixtures)
 # ruff: noqa: F811
 
 
-def cluster(environment, **more):
-  """The environment of one of two processes that will meet at a free port."""
+def cluster(environment, count=2, **more):
+  """The environment of one of `count` processes that will meet at a free port."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
-  return {**environment, 'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2', **more}
+  return {**environment, 'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': str(count), **more}
 
 
-def pair(arguments, environment, own=((), ()), **more):
-  """Two processes with these arguments, and each with its own."""
-  both = cluster(environment, **more)
-  return [subprocess.Popen([*arguments, '--distributed', *own[i]], env={**both, 'JAX_PROCESS_ID': str(i)},
-                           stderr=subprocess.PIPE, text=True) for i in range(2)]
+def group(arguments, environment, own=(), count=2, **more):
+  """Processes with these arguments, and each with its own."""
+  all_of_them = cluster(environment, count, **more)
+  return [subprocess.Popen([*arguments, '--distributed', *(own[i] if own else ())],
+                           env={**all_of_them, 'JAX_PROCESS_ID': str(i)}, stderr=subprocess.PIPE, text=True)
+          for i in range(count)]
+
+
+def finish_all(processes):
+  errors = [p.communicate(timeout=900)[1] for p in processes]
+  assert [p.returncode for p in processes] == [0] * len(processes), errors[0][-3000:]
 
 
 def await_step(processes, folder, step):
@@ -44,7 +51,7 @@ def await_step(processes, folder, step):
 def test_one_of_two_asked_to_stop_both_save_the_same_step(environment, tokens, tmp_path, asked):
   """Drill 3, with two processes."""
   folder = tmp_path / 'run'
-  processes = pair(command('fine_lm', tokens, folder, 100_000, CHECKPOINT_EVERY=0), environment)
+  processes = group(command('fine_lm', tokens, folder, 100_000, CHECKPOINT_EVERY=0), environment)
   await_step(processes, folder, 5)
   processes[asked].send_signal(signal.SIGTERM)
   errors = [p.communicate(timeout=900)[1] for p in processes]
@@ -52,9 +59,48 @@ def test_one_of_two_asked_to_stop_both_save_the_same_step(environment, tokens, t
   step = checkpoint.latest_step(folder)
   assert step >= 5 and _steps_logged(folder) == step
   for name, steps in (('run', step + 3), ('whole', step + 3)):
-    ended = pair(command('fine_lm', tokens, tmp_path / name, steps, CHECKPOINT_EVERY=0), environment)
-    assert [p.communicate(timeout=900) and p.returncode for p in ended] == [0, 0]
+    finish_all(group(command('fine_lm', tokens, tmp_path / name, steps, CHECKPOINT_EVERY=0), environment))
   assert_same_end(tmp_path / 'whole', folder)
+
+
+@pytest.fixture(scope='module')
+def unbroken(environment, tokens, tmp_path_factory):
+  """A run of two processes that nothing happens to."""
+  folder = tmp_path_factory.mktemp('unbroken') / 'run'
+  finish_all(group(command('fine_lm', tokens, folder, 20), environment))
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count, then, devices, mesh', [(2, 2, 1, 'data'), (4, 2, 4, 'cpu8')])
+def test_a_killed_process_is_named_and_as_many_or_fewer_go_on(count, then, devices, mesh, environment, tokens, unbroken,
+                                                              tmp_path):
+  """The others end within the heartbeat's bound. From the last checkpoint the run goes on to the same losses, also on
+  fewer processes and another mesh, and with as many processes to the same bits."""
+  folder, arguments = tmp_path / 'run', command('fine_lm', tokens, tmp_path / 'run', 100_000)
+  processes = group(arguments, environment, count=count, MUSICLM_HEARTBEAT_SECONDS='10')
+  try:
+    await_step(processes, folder, 6)
+    processes[-1].kill()
+    begun = time.monotonic()
+    errors = [p.communicate(timeout=900)[1] for p in processes[:-1]]
+    print(f'{count} processes: the others ended {time.monotonic() - begun:.1f} s after one was killed')
+    assert time.monotonic() - begun < 90 and all(p.returncode not in (0, None) for p in processes)
+    assert any(f'stopped sending heartbeats):\n{count - 1}\n' in e or f'task {count - 1} ' in e for e in errors), errors
+  finally:
+    for process in processes:
+      process.kill()
+      process.communicate()
+  assert checkpoint.latest_step(folder) >= 4
+  flags = f'{environment["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
+  finish_all(group([*command('fine_lm', tokens, folder, 20), '--gin_file', f'mesh/{mesh}.gin'], environment, count=then,
+                   XLA_FLAGS=flags))
+  if count == then:
+    assert_same_end(unbroken, folder)
+  losses = [[json.loads(line)['loss'] for line in (run / 'metrics.jsonl').read_text().splitlines()
+             if json.loads(line)['part'] == 'train'] for run in (unbroken, folder)]
+  assert len(losses[0]) == len(losses[1]) == 20
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -74,7 +120,7 @@ batches.TokenBatches.__call__ = faulty
 main.main(sys.argv[1:])
 '''
   arguments = command('fine_lm', tokens, tmp_path / 'run', 100_000)
-  processes = pair([arguments[0], '-c', code, *arguments[3:]], environment, MUSICLM_HEARTBEAT_SECONDS='10')
+  processes = group([arguments[0], '-c', code, *arguments[3:]], environment, MUSICLM_HEARTBEAT_SECONDS='10')
   try:
     _, errors = processes[victim].communicate(timeout=900)
     begun = time.monotonic()
@@ -92,7 +138,7 @@ main.main(sys.argv[1:])
 @pytest.mark.parametrize('victim', [1, 0])
 def test_a_process_that_hangs_is_named_within_a_bound(environment, tokens, tmp_path, victim):
   """Drill 10."""
-  processes = pair(command('fine_lm', tokens, tmp_path / 'run', 100_000), environment, MUSICLM_HEARTBEAT_SECONDS='10')
+  processes = group(command('fine_lm', tokens, tmp_path / 'run', 100_000), environment, MUSICLM_HEARTBEAT_SECONDS='10')
   try:
     await_step(processes, tmp_path / 'run', 3)
     processes[victim].send_signal(signal.SIGSTOP)
@@ -137,28 +183,44 @@ main.main(sys.argv[1:])
 '''
   arguments = command('fine_lm', tokens, folder, 12)
   wrapped = [arguments[0], '-c', code, *arguments[3:]]
-  processes = pair(wrapped, environment, FLIP='1')
+  processes = group(wrapped, environment, FLIP='1')
   errors = [p.communicate(timeout=900)[1] for p in processes]
   assert all(p.returncode != 0 for p in processes)
   assert 'are no longer the same after step 8' in errors[0] and 'process 1' in errors[0], errors[0][-3000:]
   assert json.loads((folder / 'replicas_differ.json').read_text())['step'] == 8
-  processes = pair(wrapped, environment)
+  processes = group(wrapped, environment)
   errors = [p.communicate(timeout=900)[1] for p in processes]
   assert [p.returncode for p in processes] == [0, 0], errors[0][-2000:]
   assert 'step 8 was taken again: process 1 had wrong values' in errors[0]
   assert not (folder / 'replicas_differ.json').exists()
-  clean = pair(command('fine_lm', tokens, tmp_path / 'clean', 12), environment)
-  assert [p.communicate(timeout=900) and p.returncode for p in clean] == [0, 0]
+  finish_all(group(command('fine_lm', tokens, tmp_path / 'clean', 12), environment))
   assert_same_end(folder, tmp_path / 'clean')
 
 
 @pytest.mark.slow
 def test_processes_with_another_configuration_are_refused(environment, tokens, tmp_path):
   arguments = command('fine_lm', tokens, tmp_path / 'run', 4)
-  for process in pair(arguments, environment, (['--gin.SEED=1'], ['--gin.SEED=2'])):
+  for process in group(arguments, environment, (['--gin.SEED=1'], ['--gin.SEED=2'])):
     _, errors = process.communicate(timeout=900)
     assert process.returncode == 1
     assert 'process 1 runs with another configuration (' in errors and 'than process 0 (' in errors
+  assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+@pytest.mark.slow
+def test_processes_with_other_code_are_refused(environment, tokens, tmp_path):
+  code = '''
+import os, sys
+from musiclm_jax import main, provenance
+if os.environ['JAX_PROCESS_ID'] == '1':
+  provenance.code_digest = lambda: 'of another version'
+main.main(sys.argv[1:])
+'''
+  arguments = command('fine_lm', tokens, tmp_path / 'run', 4)
+  for process in group([arguments[0], '-c', code, *arguments[3:]], environment):
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 1
+    assert 'process 1 runs with another code (' in errors and 'than process 0 (' in errors
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 

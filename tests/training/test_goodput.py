@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from musiclm_jax.data import batches
 from musiclm_jax.training import goodput
 from tests.trainings import experiment, write_tokens
 
@@ -17,16 +18,18 @@ def test_shares_add_up(monkeypatch):
     with wall.lost_to(cause):
       now[0] += seconds
   now[0] += 10
-  report = wall.report(4, 14)
+  wall.first, wall.last = 4, 14
+  report = wall.report()
   assert report['wall_seconds'] == 20 and report['goodput'] == 0.5 and report['data'] == 2
-  again = wall.report(4, 14, again=3)
+  wall.again = 3
+  again = wall.report()
   assert again['steps done again'] == pytest.approx(3) and again['goodput'] == pytest.approx(0.35)
   assert 'data 10.0%' in goodput.words(again) and '35.0% of 0.3 min' in goodput.words(again)
   with pytest.raises(ValueError, match="'lunch' is none of"), wall.lost_to('lunch'):
     pass
 
 
-def test_a_run_leaves_a_line_for_each_start(tmp_path):
+def test_a_run_leaves_a_line_for_each_start(tmp_path, monkeypatch):
   tokens = write_tokens(tmp_path / 'tokens')
 
   def run(steps):
@@ -35,9 +38,18 @@ def test_a_run_leaves_a_line_for_each_start(tmp_path):
 
   run(4)
   run(6)
+  with monkeypatch.context() as patched, pytest.raises(OSError, match='this disk is broken'):
+    call = batches.TokenBatches.__call__
+    broken = lambda self, step, *args: _raise(OSError('this disk is broken')) if step == 9 else call(self, step, *args)
+    patched.setattr(batches.TokenBatches, '__call__', broken)
+    run(12)
   lines = [json.loads(line) for line in (tmp_path / 'run' / goodput.FILE).read_text().splitlines()]
-  assert [(line['first'], line['last']) for line in lines] == [(0, 4), (4, 6)]
+  assert [(line['first'], line['last']) for line in lines] == [(0, 4), (4, 6), (6, 9)]
   for line in lines:
-    assert 0 < line['goodput'] < 1 and line['compilation'] > 0 and line['evaluation'] > 0
+    assert 0 < line['goodput'] < 1 and line['compilation'] > 0 and (line['evaluation'] > 0) == (line['last'] != 9)
     assert sum(line[cause] for cause in goodput.CAUSES) + line['goodput'] * line['wall_seconds'] == pytest.approx(
         line['wall_seconds'])
+
+
+def _raise(error):
+  raise error
