@@ -10,7 +10,9 @@ from collections.abc import Callable
 import contextlib
 import ctypes
 import dataclasses
+import glob
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -76,8 +78,8 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
 
   def train(name: str, experiment: str, after: tuple[str, ...], *, workdir: str = '', **macros: Any) -> Step:
     flags = [f'--gin.{k}={v}' for k, v in {**macros, 'SEED': seed}.items()]
-    return Step(name, ('train', '--gin_file', f'experiments/{experiment}.gin', '--gin_file', f'size/{size}.gin', *flags,
-                       '--workdir', workdir or path(name)), after)
+    return Step(name, ('train', '--gin_file', f'experiments/{experiment}.gin', '--gin_file', f'size/{size}.gin',
+                       '--gin_file', 'mesh/one.gin', *flags, '--workdir', workdir or path(name)), after)
 
   return [
       *steps,
@@ -141,7 +143,9 @@ class _Scheduler:
         self.done.discard(step.name)
     self.processors = sorted(_processors())
     half = len(self.processors) // 2
-    self.lanes = [self.processors[:half], self.processors[half:2 * half]] if half else [self.processors]
+    lanes = [self.processors[:half], self.processors[half:2 * half]] if half else [self.processors]
+    # A TPU belongs to one process; a second one would train on the CPU, and say so nowhere.
+    self.lanes = lanes[:1] if _has_tpu() else lanes
     self.running: dict[str, tuple[subprocess.Popen, int, float]] = {}
 
   def _marker(self, name: str) -> dict[str, Any]:
@@ -178,14 +182,16 @@ class _Scheduler:
       if not free:
         return
       processors = self.processors if step.all_processors else self.lanes[free[0]]
-      self.running[step.name] = (self._start(step, processors), free[0], time.monotonic())
+      gpus = _gpus()[free[0]:free[0] + 1]  # a lane has one of its own where there are several
+      own = {'CUDA_VISIBLE_DEVICES': gpus[0]} if gpus and len(self.lanes) > 1 else {}
+      self.running[step.name] = (self._start(step, processors, own), free[0], time.monotonic())
 
-  def _start(self, step: Step, processors: list[int]) -> subprocess.Popen:
+  def _start(self, step: Step, processors: list[int], environment: dict[str, str]) -> subprocess.Popen:
     print(f'{step.name}: musiclm {" ".join(step.arguments)}', flush=True)
     process = subprocess.Popen(
         [sys.executable, '-m', 'musiclm_jax.main', *step.arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors='replace', preexec_fn=_in_child(processors),
-        env={**_DEFAULTS, **os.environ, 'PYTHONUNBUFFERED': '1'})
+        env={**_DEFAULTS, **os.environ, 'PYTHONUNBUFFERED': '1', **environment})
     threading.Thread(target=self._relay, args=(step.name, process), daemon=True).start()
     return process
 
@@ -224,12 +230,27 @@ class _Scheduler:
   def _first_sound(self) -> None:
     """As soon as there is a codec there is something to hear."""
     code = 'import sys; from musiclm_jax.evaluate import write_round_trips; write_round_trips(sys.argv[1])'
-    subprocess.run([sys.executable, '-c', code, str(self.root)], check=False, capture_output=True)
-    print(f'first sound: {self.root / "samples"} (clips, and what the codec makes of them)', flush=True)
+    done = subprocess.run([sys.executable, '-c', code, str(self.root)], check=False, capture_output=True,
+                          env={**_DEFAULTS, **os.environ})
+    if not done.returncode:
+      print(f'first sound: {self.root / "samples"} (clips, and what the codec makes of them)', flush=True)
 
 
 def _interrupted(number: int, frame: types.FrameType | None) -> None:
   raise KeyboardInterrupt
+
+
+def _has_tpu() -> bool:
+  platforms = os.environ.get('JAX_PLATFORMS', '')
+  return importlib.util.find_spec('libtpu') is not None and (not platforms or 'tpu' in platforms) and bool(
+      [*glob.glob('/dev/accel*'), *glob.glob('/dev/vfio/[0-9]*')])
+
+
+def _gpus() -> list[str]:
+  """The NVIDIA GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+  if 'CUDA_VISIBLE_DEVICES' in os.environ:
+    return [name for name in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if name]
+  return [str(i) for i in range(len(glob.glob('/dev/nvidia[0-9]*')))]
 
 
 def _processors() -> set[int]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
@@ -149,8 +150,8 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   """Runs, or resumes, `objective` until `num_steps` steps are done.
 
   A step is a function of (seed, step, state): N steps equal k steps, a restart and N - k more, bit for bit on
-  one kind of device. The parameters come from this run's newest checkpoint, else from `init_from`, else from the
-  seed.
+  CPUs (GPUs add in any order unless told not to: docs/training.md). The parameters come from this run's newest
+  checkpoint, else from `init_from`, else from the seed.
 
   Args:
     batches: a pure function of the step. eval_batches: likewise, for the held-out metrics.
@@ -349,7 +350,7 @@ class _Run:
     if type(self.objective).start is Objective.start:
       return state
     # The start sees the network as it will be, and changes nothing that was taken over.
-    return self._take_over(self._data_dependent_start(state, batches))
+    return self._take_over(_of_one_device(self._data_dependent_start(state, batches)))
 
   def _take_over(self, state: TrainState) -> TrainState:
     if not self.donors:
@@ -367,6 +368,20 @@ class _Run:
     start = jax.jit(lambda s, b, key: states.started(self.objective, self.skeleton, s, b, key),
                     out_shardings=self.shardings)
     return start(state, batch, jax.random.fold_in(self.init_key, 1))
+
+
+def _of_one_device(state: TrainState) -> TrainState:
+  """With the buffers that the first device has on all of them: what each makes of the same rows need not be the same, for
+  GPUs add in any order."""
+  replicated = lambda x: x.sharding.is_fully_replicated
+  there, tree = jax.tree.flatten(state.buffers)
+  hosts = [np.asarray(x.addressable_data(0)) for x in there if replicated(x)]
+  if jax.process_count() > 1:
+    hosts = multihost_utils.broadcast_one_to_all(hosts)
+  hosts = iter(hosts)
+  put = lambda x, host: jax.make_array_from_callback(x.shape, x.sharding, lambda index: np.asarray(host)[index])
+  return dataclasses.replace(
+      state, buffers=tree.unflatten([put(x, next(hosts)) if replicated(x) else x for x in there]))
 
 
 def _laid_out(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -501,7 +516,8 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
     if int(state.step) < passes:
       rows = accumulate.gather_features(
           objective, run.skeleton, state.params, state.buffers,
-          (batches(i, jax.process_index(), jax.process_count()) for i in range(num_batches)), partitioner)
+          (batches(i, jax.process_index(), jax.process_count()) for i in range(num_batches)), partitioner,
+          num_batches=num_batches, seed=seed)
       writer = metrics.MetricsWriter(workdir, int(state.step))
       for phase, done, buffers, values in accumulate.run(
           objective, state.buffers, rows, partitioner, run.run_key, first=int(state.step)):

@@ -38,8 +38,8 @@ def contrastive_loss(
   # and no [B, B] matrix ever crosses devices.
   all_audio_BxE = axes.constrain(audio_BxE, None, None)
   all_text_BxE = axes.constrain(text_BxE, None, None)
-  audio_rows_BxB = axes.constrain(audio_BxE @ all_text_BxE.T / temperature, 'batch', None)
-  text_rows_BxB = axes.constrain(text_BxE @ all_audio_BxE.T / temperature, 'batch', None)
+  audio_rows_BxB = axes.constrain(_similarity(audio_BxE, all_text_BxE) / temperature, 'batch', None)
+  text_rows_BxB = axes.constrain(_similarity(text_BxE, all_audio_BxE) / temperature, 'batch', None)
   own_B = jnp.sum(audio_BxE * text_BxE, axis=-1) / temperature
   if not decoupled:
     total_B = (jax.nn.logsumexp(audio_rows_BxB, axis=-1) + jax.nn.logsumexp(text_rows_BxB, axis=-1)) / 2
@@ -50,12 +50,17 @@ def contrastive_loss(
   return jax.nn.logsumexp(others_Bx2B, axis=-1) - own_B
 
 
+def _similarity(a_BxE: jax.Array, b_BxE: jax.Array) -> jax.Array:
+  """As exact as the sums that a pair's own similarity is, on every device."""
+  return jnp.matmul(a_BxE, b_BxE.T, precision=jax.lax.Precision.HIGHEST)
+
+
 def recall_at_1(query_BxE: jax.Array, candidate_BxE: jax.Array) -> jax.Array:
   """Share of queries whose own candidate is the nearest of all, float32 scalar; a tie counts as a miss.
 
   Ties are misses so that a collapsed model, whose embeddings are all alike, scores 0.
   """
-  score_BxB = axes.constrain(query_BxE @ axes.constrain(candidate_BxE, None, None).T, 'batch', None)
+  score_BxB = axes.constrain(_similarity(query_BxE, axes.constrain(candidate_BxE, None, None)), 'batch', None)
   own_Bx1 = jnp.sum(query_BxE * candidate_BxE, axis=-1, keepdims=True)
   others_BxB = jnp.where(jnp.eye(score_BxB.shape[0], dtype=bool), -jnp.inf, score_BxB)
   return jnp.mean(jnp.max(others_BxB, axis=-1, keepdims=True) < own_Bx1, dtype=jnp.float32)

@@ -45,7 +45,8 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
     causal: query t sees keys 0 to t + S - T only.
     kind: "xla" computes all logits at once and keeps them for the gradient. "blockwise" computes those of some queries
       at a time and again in the backward pass: memory is linear in the lengths. "cudnn" and "splash" are the fused
-      kernels of NVIDIA GPUs and of TPUs. "auto" chooses by the device and by what each can do.
+      kernels of NVIDIA GPUs and of TPUs; on other devices, and in float32 on GPUs, as networks are evaluated, "auto"
+      takes their place. "auto" chooses by the device and by what each can do.
     block: queries a block of "blockwise"; 0 chooses.
 
   Raises ValueError for a kernel that cannot do what is asked, with the reason.
@@ -54,6 +55,8 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
   if not all(isinstance(n, int) for n in (B, T, S)):  # what an exported program leaves open cannot be cut
     kind = 'xla'
   if kind == 'auto':
+    kind = fitting(q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)
+  elif kind in _PLATFORMS and not _at_home(kind, q_BxTxHxK):
     kind = fitting(q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)
   elif kind in _PLATFORMS and (reason := _obstacle(_PLATFORMS[kind], q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)):
     raise ValueError(f'attention = {kind!r}: {reason}; "auto" chooses what fits')
@@ -81,6 +84,11 @@ def fitting(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None, 
     return kernel
   whole = platform != 'cpu' and T * S <= _WHOLE and axes.parts('length') == 1
   return 'xla' if whole else 'blockwise'
+
+
+def _at_home(kind: str, q_BxTxHxK: jax.Array) -> bool:
+  """Whether a kernel is one of this device and of this type."""
+  return axes.platform() == _PLATFORMS[kind] and (kind != 'cudnn' or q_BxTxHxK.dtype in (jnp.bfloat16, jnp.float16))
 
 
 def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None,

@@ -183,7 +183,8 @@ def spread_rows(x_NxD: jax.Array, count: int, key: jax.Array) -> jax.Array:
     # Without a row that differs from those so far, it is the last one.
     chosen_L = jnp.minimum(jnp.searchsorted(below_N, place_L, side='right'), len(below_N) - 1)
     rows_LxD = x_NxD[chosen_L] + 0 * below_N[-1]  # what is not finite is seen in all that follows
-    to_rows_LxN = squares_N - 2 * rows_LxD @ x_DxN + squares_N[chosen_L][:, None]
+    products_LxN = jnp.matmul(rows_LxD, x_DxN, precision=jax.lax.Precision.HIGHEST)
+    to_rows_LxN = squares_N - 2 * products_LxN + squares_N[chosen_L][:, None]
     nearest_LxN = jnp.minimum(distance_N, jnp.maximum(to_rows_LxN, 0))
     best = jnp.argmin(jnp.sum(nearest_LxN, axis=1))
     return nearest_LxN[best], rows_LxD[best]

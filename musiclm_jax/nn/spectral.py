@@ -140,7 +140,7 @@ def mel(x_BxN: jax.Array, config: MelConfig, *, padded: bool = True) -> jax.Arra
   spectrum = stft(x_BxN, config.window, config.hop, padded=padded, fft_size=config.fft_size)
   spectrum = spectrum * np.float32(2.0 / hann(config.window).sum())
   amplitude = jnp.sqrt(jnp.square(spectrum.real) + jnp.square(spectrum.imag) + _MAGNITUDE_EPSILON)
-  return amplitude @ mel_matrix(config)
+  return jnp.matmul(amplitude, mel_matrix(config), precision=jax.lax.Precision.HIGHEST)
 
 
 def log_mel(x_BxN: jax.Array, config: MelConfig, *, padded: bool = True) -> jax.Array:

@@ -180,7 +180,9 @@ class Embedding(nnx.Module):
     self.table = nnx.Param(jax.random.normal(rngs.params(), (rows, width)) * scale, axes=axes)
 
   def __call__(self, ids: jax.Array) -> jax.Array:
-    return jnp.take(self.table[...], ids, axis=0)
+    table = self.table[...]
+    # float32, in which its gradient sums all look-ups of a row: in bfloat16 a sum of ones ends at 256.
+    return jnp.take(table.astype(jnp.float32), ids, axis=0).astype(table.dtype)
 
 
 class Layers(nnx.Module):
@@ -401,7 +403,8 @@ class Transformer(nnx.Module):
       return None
     bucket_R = relative_bucket(distance_R, causal=self.config.causal, buckets=self.config.relative_buckets,
                                max_distance=self.config.relative_max_distance)
-    table_GxNxH = jnp.broadcast_to(self.relative[...], (groups, *self.relative.shape))
+    # float32, in which the gradient sums all distances of a bucket.
+    table_GxNxH = jnp.broadcast_to(self.relative[...].astype(jnp.float32), (groups, *self.relative.shape))
     table_GxNxH = axes.constrain(table_GxNxH, 'batch', None, 'heads_activation') if groups > 1 else table_GxNxH
     return jax.vmap(lambda table: jnp.take(table, bucket_R, axis=0))(table_GxNxH).transpose(0, 2, 1)
 

@@ -8,6 +8,7 @@ Shapes: B batch, N samples, T frames, E width of the contrastive space, G code g
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -224,14 +225,15 @@ def contrastive_loss(context_BxTxE: jax.Array, target_BxTxE: jax.Array, masked_B
   """
   unit = [x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-8)
           for x in (context_BxTxE.astype(jnp.float32), target_BxTxE.astype(jnp.float32))]
-  logits_BxTxT = jnp.einsum('BTE,BSE->BTS', *unit) / temperature
+  similarity = functools.partial(jnp.einsum, 'BTE,BSE->BTS', precision=jax.lax.Precision.HIGHEST)
+  logits_BxTxT = similarity(*unit) / temperature
   positive_BxT = jnp.diagonal(logits_BxTxT, axis1=1, axis2=2)
   drawn = count_BxTxT > 0
   negative = jnp.where(drawn, logits_BxTxT + jnp.log(jnp.maximum(count_BxTxT, 1.0)), -jnp.inf)
   every = jnp.concatenate([positive_BxT[..., None], negative], axis=-1)
   loss_BxT = jax.nn.logsumexp(every, axis=-1) - positive_BxT
   # Another frame with the target's own code is no wrong answer; where all have it, nothing was found.
-  differ = drawn & (jnp.einsum('BTE,BSE->BTS', unit[1], unit[1]) < 1 - 1e-4)
+  differ = drawn & (similarity(unit[1], unit[1]) < 1 - 1e-4)
   best_BxT = jnp.max(jnp.where(differ, logits_BxTxT, -jnp.inf), axis=-1)
   found_BxT = (positive_BxT > best_BxT) & jnp.any(differ, axis=-1)
   return _masked_mean(loss_BxT, masked_BxT), _masked_mean(found_BxT.astype(jnp.float32), masked_BxT)

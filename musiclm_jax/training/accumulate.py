@@ -15,25 +15,33 @@ from musiclm_jax.objective import Fit
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton
 
+FEATURE_BYTES = 2 ** 33  # of rows that are kept
 SAMPLE_ROWS = 65_536  # rows that the start of a phase sees (k-means++ is sequential in the number of codes)
 
 
 def gather_features(fit: Fit, skeleton: Skeleton, params: Any, buffers: Any, batches: Iterable[dict[str, np.ndarray]],
-                    partitioner: Partitioner) -> np.ndarray:
-  """Rows [N, D] of this process: the frozen network runs once over the corpus."""
+                    partitioner: Partitioner, *, num_batches: int, seed: int = 0) -> np.ndarray:
+  """Rows [N, D] of this process: the frozen network runs once over the corpus.
+
+  Of a corpus whose rows take more than 8 GiB, as many rows of each batch, chosen by the seed: at the paper's size all
+  frames of w2v-BERT would take 786 GB, and 2 million of them are 2,000 for each centre.
+  """
 
   @jax.jit
   def features(params, buffers, batch):
     return fit.features(skeleton.model(params, buffers), batch)
 
   rows = []
-  for batch in batches:
+  for number, batch in enumerate(batches):
     weight = batch.pop('weight', None)
     out = features(params, buffers, partitioner.global_batch(batch))
     shards = sorted((s for s in out.addressable_shards if s.replica_id == 0), key=lambda s: s.index[0].start or 0)
     local = np.concatenate([np.asarray(s.data) for s in shards])
     if weight is not None:  # rows of an example lie together; padding examples are left out
       local = local.reshape((len(weight), -1, local.shape[-1]))[weight > 0].reshape((-1, local.shape[-1]))
+    most = max(1, FEATURE_BYTES // (num_batches * local.itemsize * local.shape[-1]))
+    if len(local) > most:
+      local = local[np.sort(np.random.default_rng([seed, number]).permutation(len(local))[:most])]
     rows.append(local)
   return np.concatenate(rows)
 

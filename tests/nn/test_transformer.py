@@ -168,3 +168,15 @@ def test_a_gpu_decodes_few_rows_in_products_of_eight(batch, symbolic, monkeypatc
     return
   np.testing.assert_allclose(jax.jit(run)(x), expected, rtol=1e-5, atol=1e-5)
   assert ('tensor<1x8x' in jax.jit(run).lower(x).as_text()) == (batch < 8)
+
+
+def test_the_gradient_of_a_row_in_bfloat16_counts_every_look_up():
+  """In bfloat16 a sum of ones ends at 256."""
+  embedding = transformer.Embedding(4, 8, rngs=nnx.Rngs(0))
+  graphdef, state = nnx.split(embedding)
+
+  def total(state):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
+    return jnp.sum(nnx.merge(graphdef, half)(jnp.ones((6400,), jnp.int32)).astype(jnp.float32))
+
+  np.testing.assert_array_equal(jax.grad(total)(state)['table'][...][1], 6400)

@@ -68,3 +68,22 @@ def test_a_second_run_compiles_nothing(rows):
   before = [function._cache_size() for function in compiled]
   passes(rows + 1, fit=dataclasses.replace(FIT))
   assert [function._cache_size() for function in compiled] == before
+
+
+def test_a_large_corpus_gives_as_many_rows_of_each_batch(monkeypatch):
+  """Chosen by the seed, and padding is none of them."""
+  class Rows:
+    features = staticmethod(lambda model, batch: batch['x'].reshape(-1, 2))
+    model = staticmethod(lambda params, buffers: None)
+
+  batches = [{'x': np.arange(64, dtype=np.float32).reshape(8, 4, 2) + 100 * i, 'weight': np.array([1] * 6 + [0] * 2)}
+             for i in range(3)]
+  gather = lambda seed: accumulate.gather_features(
+      Rows, Rows, {}, {}, [dict(b) for b in batches], Partitioner(data=2), num_batches=3, seed=seed)
+  whole = gather(0)
+  assert whole.shape == (3 * 24, 2)
+  monkeypatch.setattr(accumulate, 'FEATURE_BYTES', 3 * 5 * 8)
+  some = gather(0)
+  assert some.shape == (3 * 5, 2) and {tuple(x) for x in some} <= {tuple(x) for x in whole}
+  np.testing.assert_array_equal(some, gather(0))
+  assert (some != gather(1)).any()
