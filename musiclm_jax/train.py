@@ -371,7 +371,7 @@ class _Run:
 
 
 def _of_one_device(state: TrainState) -> TrainState:
-  """With the buffers that the first device has on all of them: what each makes of the same rows need not be the same, for
+  """With the buffers of the first device on all of them: what each makes of the same rows need not be the same, since
   GPUs add in any order."""
   replicated = lambda x: x.sharding.is_fully_replicated
   there, tree = jax.tree.flatten(state.buffers)
