@@ -24,7 +24,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from musiclm_jax import chips, train
+from musiclm_jax import chips, provenance, train
 from musiclm_jax.training import flops
 from musiclm_jax.training.hlo import Collective, Program, size_of
 from musiclm_jax.training.partition import Partitioner
@@ -320,7 +320,7 @@ def plan(training: Training, topology: chips.Topology) -> Plan:
   rows = rows_of(compiled.program, topology, mesh)
   work, computed = _operations(here, batch), flops.of_jaxpr(traced.jaxpr.jaxpr)
   figures = {
-      'jax': jax.__version__, 'libtpu': _version('libtpu') if topology.is_tpu else '',
+      'code': provenance.code_digest(), 'jax': jax.__version__, 'libtpu': _version('libtpu') if topology.is_tpu else '',
       'topology': topology.name, 'chip': topology.chip.title, 'chips': topology.chips,
       'objective': type(here.objective).__name__, 'parameters': Skeleton.of(here.objective).count(),
       'mesh': {axis: size for axis, size in mesh.shape.items()}, 'batch_size': batch,

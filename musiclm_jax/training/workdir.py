@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import tempfile
@@ -53,11 +54,13 @@ def all_or_none(fine: bool) -> bool:
 
 
 def check_same_everywhere(**facts: str) -> None:
-  """Raises ValueError on all processes where one of them has another text for a fact, naming both by their hashes."""
+  """Raises ValueError on all processes where one of them has another text for a fact, naming both by sixteen hex digits:
+  the text itself where it is such a digest, else its SHA-256."""
   if jax.process_count() == 1:
     return
   for name, text in facts.items():
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint8)
+    digits = text if re.fullmatch('[0-9a-f]{16}', text) else hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = np.frombuffer(bytes.fromhex(digits), np.uint8)
     digests_Px8 = np.asarray(multihost_utils.process_allgather(digest))
     for index, other in enumerate(digests_Px8):
       if (other != digests_Px8[0]).any():
