@@ -78,6 +78,7 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
 
   def train(name: str, experiment: str, after: tuple[str, ...], *, workdir: str = '', **macros: Any) -> Step:
     flags = [f'--gin.{k}={v}' for k, v in {**macros, 'SEED': seed}.items()]
+    # One device: so small batches do not divide over eight, and there are two trainings at a time.
     return Step(name, ('train', '--gin_file', f'experiments/{experiment}.gin', '--gin_file', f'size/{size}.gin',
                        '--gin_file', 'mesh/one.gin', *flags, '--workdir', workdir or path(name)), after)
 
@@ -145,7 +146,7 @@ class _Scheduler:
     half = len(self.processors) // 2
     lanes = [self.processors[:half], self.processors[half:2 * half]] if half else [self.processors]
     # A TPU belongs to one process; a second one would train on the CPU, and say so nowhere.
-    self.lanes = lanes[:1] if _has_tpu() else lanes
+    self.lanes = [self.processors] if _has_tpu() else lanes
     self.running: dict[str, tuple[subprocess.Popen, int, float]] = {}
 
   def _marker(self, name: str) -> dict[str, Any]:
@@ -183,7 +184,7 @@ class _Scheduler:
         return
       processors = self.processors if step.all_processors else self.lanes[free[0]]
       gpus = _gpus()[free[0]:free[0] + 1]  # a lane has one of its own where there are several
-      own = {'CUDA_VISIBLE_DEVICES': gpus[0]} if gpus and len(self.lanes) > 1 else {}
+      own = {'CUDA_VISIBLE_DEVICES': gpus[0]} if gpus and not step.all_processors else {}
       self.running[step.name] = (self._start(step, processors, own), free[0], time.monotonic())
 
   def _start(self, step: Step, processors: list[int], environment: dict[str, str]) -> subprocess.Popen:
@@ -243,7 +244,7 @@ def _interrupted(number: int, frame: types.FrameType | None) -> None:
 def _has_tpu() -> bool:
   platforms = os.environ.get('JAX_PLATFORMS', '')
   return importlib.util.find_spec('libtpu') is not None and (not platforms or 'tpu' in platforms) and bool(
-      [*glob.glob('/dev/accel*'), *glob.glob('/dev/vfio/[0-9]*')])
+      [*glob.glob('/dev/accel[0-9]*'), *glob.glob('/dev/vfio/[0-9]*')])
 
 
 def _gpus() -> list[str]:

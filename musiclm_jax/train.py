@@ -371,25 +371,28 @@ class _Run:
 
 
 def _of_one_device(state: TrainState) -> TrainState:
-  """With the buffers of the first device on all of them: what each makes of the same rows need not be the same, since
-  GPUs add in any order."""
-  replicated = lambda x: x.sharding.is_fully_replicated
-  there, tree = jax.tree.flatten(state.buffers)
-  hosts = [np.asarray(x.addressable_data(0)) for x in there if replicated(x)]
+  """With what one device made on all that hold copies: of the same rows each may make something else, since GPUs add in
+  any order. Of several processes' arrays those are left that no process has as a whole."""
+  there, tree = jax.tree.flatten((state.params, state.buffers, state.ema))
+  whole = [x.is_fully_addressable or x.sharding.is_fully_replicated for x in there]
+  hosts = [np.asarray(x) for x, its in zip(there, whole) if its]
   if jax.process_count() > 1:
     hosts = multihost_utils.broadcast_one_to_all(hosts)
-  hosts = iter(hosts)
-  put = lambda x, host: jax.make_array_from_callback(x.shape, x.sharding, lambda index: np.asarray(host)[index])
-  return dataclasses.replace(
-      state, buffers=tree.unflatten([put(x, next(hosts)) if replicated(x) else x for x in there]))
+  left = iter(hosts)
+  params, buffers, ema = tree.unflatten(
+      [_put(np.asarray(next(left)), x.sharding) if its else x for x, its in zip(there, whole)])
+  return dataclasses.replace(state, params=params, buffers=buffers, ema=ema)
+
+
+def _put(host: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _laid_out(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
   """A copy with this layout. What comes from a donor lies on one device of each process, or on the host."""
   if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
     return jnp.copy(x)
-  host = np.asarray(x)
-  return jax.make_array_from_callback(x.shape, sharding, lambda index: host[index])
+  return _put(np.asarray(x), sharding)
 
 
 def _loop(run: _Run, state: TrainState, batches: Batches, eval_batches: Batches | None,

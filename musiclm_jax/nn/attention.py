@@ -80,23 +80,21 @@ def fitting(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None, 
   if T <= _FEW:
     return 'xla'
   kernel = {on: kind for kind, on in _PLATFORMS.items()}.get(platform)
-  if kernel and not _obstacle(platform, q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR):
+  if kernel and _at_home(kernel, q_BxTxHxK) and not _obstacle(platform, q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR):
     return kernel
   whole = platform != 'cpu' and T * S <= _WHOLE and axes.parts('length') == 1
   return 'xla' if whole else 'blockwise'
 
 
 def _at_home(kind: str, q_BxTxHxK: jax.Array) -> bool:
-  """Whether a kernel is one of this device and of this type."""
+  """Whether a kernel is one of this device and computes in this type."""
   return axes.platform() == _PLATFORMS[kind] and (kind != 'cudnn' or q_BxTxHxK.dtype in (jnp.bfloat16, jnp.float16))
 
 
 def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None,
               bias: jax.Array | None) -> str:
-  """Why the kernel of a platform cannot be used; "" where it can."""
+  """Why the kernel of a platform cannot be used there; "" where it can."""
   T, S, K = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1], q_BxTxHxK.shape[3]
-  if axes.platform() != platform:
-    return f'a kernel for {platform.upper()}s, and this runs on {axes.platform()}'
   if bias is not None and (platform == 'tpu' or mask is not None):
     return 'it takes no bias by distance (positions = "t5")' + ('' if platform == 'tpu' else ' beside a mask')
   if bias is not None and T * S > _SPREAD:
@@ -105,8 +103,6 @@ def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: j
     return 'it takes no mask but one of keys, [B, 1, 1, S]'
   if axes.parts('length') > 1:
     return 'it takes no queries that are split over devices (mesh axis "sequence")'
-  if platform == 'gpu' and q_BxTxHxK.dtype not in (jnp.bfloat16, jnp.float16):
-    return f'it computes in bfloat16, not in {q_BxTxHxK.dtype} (COMPUTE_DTYPE)'
   if platform == 'gpu' and (K % 8 or K > 128):
     return f'a head must have a multiple of 8 and at most 128 channels, found {K}'
   if T != S:

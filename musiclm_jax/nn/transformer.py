@@ -3,7 +3,7 @@
 Embeddings, learned absolute positions and output heads live with the models that use them.
 
 Shapes: B batch, L or T query length, S key length, D width, H heads, K head width, F feed-forward width,
-N layers, A position axes.
+N layers, A position axes, R rows, P products side by side.
 """
 from __future__ import annotations
 
@@ -180,9 +180,25 @@ class Embedding(nnx.Module):
     self.table = nnx.Param(jax.random.normal(rngs.params(), (rows, width)) * scale, axes=axes)
 
   def __call__(self, ids: jax.Array) -> jax.Array:
-    table = self.table[...]
-    # float32, in which its gradient sums all look-ups of a row: in bfloat16 a sum of ones ends at 256.
-    return jnp.take(table.astype(jnp.float32), ids, axis=0).astype(table.dtype)
+    return rows_of(self.table[...], ids)
+
+
+@jax.custom_vjp
+def rows_of(table_NxD: jax.Array, ids_x: jax.Array) -> jax.Array:
+  """Rows of a table, [..., D].
+
+  Its gradient sums all look-ups of a row in float32: in bfloat16 a sum of ones ends at 256.
+  """
+  return jnp.take(table_NxD, ids_x, axis=0)
+
+
+def _rows_backward(kept: tuple[jax.Array, jax.Array], g_xD: jax.Array) -> tuple[jax.Array, None]:
+  table_NxD, ids_x = kept
+  _, transposed = jax.vjp(lambda table: jnp.take(table, ids_x, axis=0), jnp.zeros(table_NxD.shape, jnp.float32))
+  return transposed(g_xD.astype(jnp.float32))[0].astype(table_NxD.dtype), None
+
+
+rows_of.defvjp(lambda table, ids: (rows_of(table, ids), (table, ids)), _rows_backward)
 
 
 class Layers(nnx.Module):

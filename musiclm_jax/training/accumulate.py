@@ -15,7 +15,7 @@ from musiclm_jax.objective import Fit
 from musiclm_jax.training.partition import Partitioner
 from musiclm_jax.training.state import Skeleton
 
-FEATURE_BYTES = 2 ** 33  # of rows that are kept
+FEATURE_BYTES = 2 ** 32  # of rows that are kept, which are there twice for a moment
 SAMPLE_ROWS = 65_536  # rows that the start of a phase sees (k-means++ is sequential in the number of codes)
 
 
@@ -23,8 +23,8 @@ def gather_features(fit: Fit, skeleton: Skeleton, params: Any, buffers: Any, bat
                     partitioner: Partitioner, *, num_batches: int, seed: int = 0) -> np.ndarray:
   """Rows [N, D] of this process: the frozen network runs once over the corpus.
 
-  Of a corpus whose rows take more than 8 GiB, as many rows of each batch, chosen by the seed: at the paper's size all
-  frames of w2v-BERT would take 786 GB, and 2 million of them are 2,000 for each centre.
+  Of a corpus whose rows take more than 4 GiB, as many rows of each batch, chosen by the seed: at the paper's size all
+  frames of w2v-BERT would take 786 GB, and a million of them are 1,000 for each centre.
   """
 
   @jax.jit

@@ -54,8 +54,10 @@ def all_or_none(fine: bool) -> bool:
 
 
 def check_same_everywhere(**facts: str) -> None:
-  """Raises ValueError on all processes where one of them has another text for a fact, naming both by sixteen hex digits:
-  the text itself where it is such a digest, else its SHA-256."""
+  """Raises ValueError on all processes where one of them has another text for a fact.
+
+  Both are named by sixteen hex digits: the text itself where it is such a digest, else its SHA-256.
+  """
   if jax.process_count() == 1:
     return
   for name, text in facts.items():

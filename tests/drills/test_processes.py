@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from musiclm_jax import provenance
 from musiclm_jax.training import checkpoint
 from tests.test_every_training import (  # noqa: F401 (fixtures)
     _steps_logged, assert_same_end, command, environment, tokens)
@@ -85,8 +86,8 @@ def test_a_killed_process_is_named_and_as_many_or_fewer_go_on(count, then, devic
     begun = time.monotonic()
     errors = [p.communicate(timeout=900)[1] for p in processes[:-1]]
     print(f'{count} processes: the others ended {time.monotonic() - begun:.1f} s after one was killed')
-    assert time.monotonic() - begun < 90 and all(p.returncode for p in processes[:-1])
-    assert any(f'stopped sending heartbeats):\n{count - 1}\n' in e or f'task {count - 1} ' in e for e in errors), errors
+    assert time.monotonic() - begun < 60 and all(p.returncode for p in processes[:-1])
+    assert all(f'stopped sending heartbeats):\n{count - 1}\n' in e or f'task {count - 1} ' in e for e in errors), errors
   finally:
     for process in processes:
       process.kill()
@@ -213,14 +214,14 @@ def test_processes_with_other_code_are_refused(environment, tokens, tmp_path):
 import os, sys
 from musiclm_jax import main, provenance
 if os.environ['JAX_PROCESS_ID'] == '1':
-  provenance.code_digest = lambda: 'of another version'
+  provenance.code_digest = lambda: '0' * 16
 main.main(sys.argv[1:])
 '''
   arguments = command('fine_lm', tokens, tmp_path / 'run', 4)
   for process in group([arguments[0], '-c', code, *arguments[3:]], environment):
     _, errors = process.communicate(timeout=900)
     assert process.returncode == 1
-    assert 'process 1 runs with another code (' in errors and 'than process 0 (' in errors
+    assert f'runs with another code ({"0" * 16}) than process 0 ({provenance.code_digest()})' in errors
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
