@@ -169,7 +169,9 @@ def _join() -> None:
   # Clusters that JAX knows (SLURM, GKE, TPU VMs) need no size and place; a hand-made one names them.
   options = _cluster(
       num_processes='JAX_NUM_PROCESSES', process_id='JAX_PROCESS_ID', initialization_timeout='MUSICLM_START_SECONDS',
-      heartbeat_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS', shutdown_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS')
+      heartbeat_timeout_seconds='MUSICLM_HEARTBEAT_SECONDS')
+  if heartbeat := options.get('heartbeat_timeout_seconds'):
+    options['shutdown_timeout_seconds'] = 3 * heartbeat  # a process that is gone is named by its heartbeat, before that
   if (address := os.environ.get('JAX_COORDINATOR_ADDRESS')) and options.get('process_id', 0):
     _await(address, options.get('initialization_timeout', 300))  # JAX would abort the process with a stack trace
   importlib.import_module('jax').distributed.initialize(**options)
