@@ -374,13 +374,11 @@ def _of_one_device(state: TrainState) -> TrainState:
   """With what one device made on all that hold copies: of the same rows each may make something else, since GPUs add in
   any order. Of several processes' arrays those are left that no process has as a whole."""
   there, tree = jax.tree.flatten((state.params, state.buffers, state.ema))
-  whole = [x.is_fully_addressable or x.sharding.is_fully_replicated for x in there]
-  hosts = [np.asarray(x) for x, its in zip(there, whole) if its]
+  hosts = [np.asarray(x) if x.is_fully_addressable or x.sharding.is_fully_replicated else None for x in there]
   if jax.process_count() > 1:
     hosts = multihost_utils.broadcast_one_to_all(hosts)
-  left = iter(hosts)
   params, buffers, ema = tree.unflatten(
-      [_put(np.asarray(next(left)), x.sharding) if its else x for x, its in zip(there, whole)])
+      [x if host is None else _put(np.asarray(host), x.sharding) for x, host in zip(there, hosts)])
   return dataclasses.replace(state, params=params, buffers=buffers, ema=ema)
 
 

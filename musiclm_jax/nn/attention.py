@@ -54,9 +54,7 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
   B, T, S = *q_BxTxHxK.shape[:2], k_BxSxHxK.shape[1]
   if not all(isinstance(n, int) for n in (B, T, S)):  # what an exported program leaves open cannot be cut
     kind = 'xla'
-  if kind == 'auto':
-    kind = fitting(q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)
-  elif kind in _PLATFORMS and not _at_home(kind, q_BxTxHxK):
+  if kind == 'auto' or kind in _PLATFORMS and not _at_home(kind, q_BxTxHxK):
     kind = fitting(q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)
   elif kind in _PLATFORMS and (reason := _obstacle(_PLATFORMS[kind], q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)):
     raise ValueError(f'attention = {kind!r}: {reason}; "auto" chooses what fits')
