@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from musiclm_jax import axes, specs
+from musiclm_jax import axes
 
-KINDS = ('auto', 'xla', 'blockwise', 'cudnn', 'splash')
-_PLATFORMS = {'cudnn': 'gpu', 'splash': 'tpu'}  # where a kernel runs
+KINDS = ('auto', 'xla', 'blockwise', 'cudnn', 'pallas')
+_PLATFORMS = {'cudnn': 'gpu', 'pallas': 'tpu'}  # where a kernel runs
 
 _NEGATIVE = -1e30  # finite, so that a row with every key masked gives a number and not NaN
 _BLOCK = 128  # queries a block, where nobody chooses
@@ -25,8 +25,7 @@ _FEW = 8  # queries at most whose logits are computed at once: there is nothing 
 _SEGMENTS = 8  # lengths of visible keys at most that a causal pass is compiled for
 _TILE = 2 ** 16  # logits that stay in a core's cache
 # Logits of a head that an accelerator without a kernel for them computes at once, which is faster than blocks and takes
-# more memory: for the coarse stage on 16 TPU v5e, 2262 positions and 16 examples a chip, `musiclm plan` has 4.1 s and
-# 16.5 GiB with all logits at once, 5.4 s and 10.3 GiB in blocks.
+# more memory.
 _WHOLE = 1024 ** 2
 _SPREAD = 4096 ** 2  # logits of a head over which a bias by distance is spread for a kernel
 _HIDDEN = -1e4  # a logit without any weight, in half precision
@@ -44,7 +43,7 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
       successive examples has its own.
     causal: query t sees keys 0 to t + S - T only.
     kind: "xla" computes all logits at once and keeps them for the gradient. "blockwise" computes those of some queries
-      at a time and again in the backward pass: memory is linear in the lengths. "cudnn" and "splash" are the fused
+      at a time and again in the backward pass: memory is linear in the lengths. "cudnn" and "pallas" are the fused
       kernels of NVIDIA GPUs and of TPUs; on other devices, and in float32 on GPUs, as networks are evaluated, "auto"
       takes their place. "auto" chooses by the device and by what each can do.
     block: queries a block of "blockwise"; 0 chooses.
@@ -55,12 +54,14 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
   if not all(isinstance(n, int) for n in (B, T, S)):  # what an exported program leaves open cannot be cut
     kind = 'xla'
   if kind == 'auto' or kind in _PLATFORMS and not _at_home(kind, q_BxTxHxK):
-    kind = fitting(q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)
-  elif kind in _PLATFORMS and (reason := _obstacle(_PLATFORMS[kind], q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR)):
+    kind = fitting(q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR, causal)
+  elif kind in _PLATFORMS and (reason := _obstacle(_PLATFORMS[kind], q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR, causal)):
     raise ValueError(f'attention = {kind!r}: {reason}; "auto" chooses what fits')
   if kind == 'cudnn':
     return _cudnn(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_GxHxR, causal)
-  if kind == 'splash':
+  if kind == 'pallas' and bias_GxHxR is not None:
+    return _tiled(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_GxHxR)
+  if kind == 'pallas':
     return _splash(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, causal)
   if kind == 'xla':
     return _plain(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_GxHxR, causal)
@@ -72,13 +73,15 @@ def attention(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, 
   return _in_blocks(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask, bias_BxHxR, causal, block)
 
 
-def fitting(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None, bias_GxHxR: jax.Array | None) -> str:
+def fitting(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None, bias_GxHxR: jax.Array | None,
+            causal: bool) -> str:
   """The fastest kind that can compute it on the devices of the step."""
   T, S, platform = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1], axes.platform()
   if T <= _FEW:
     return 'xla'
   kernel = {on: kind for kind, on in _PLATFORMS.items()}.get(platform)
-  if kernel and _at_home(kernel, q_BxTxHxK) and not _obstacle(platform, q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR):
+  obstacle = kernel and _obstacle(platform, q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR, causal)
+  if kernel and _at_home(kernel, q_BxTxHxK) and not obstacle:
     return kernel
   whole = platform != 'cpu' and T * S <= _WHOLE and axes.parts('length') == 1
   return 'xla' if whole else 'blockwise'
@@ -90,11 +93,15 @@ def _at_home(kind: str, q_BxTxHxK: jax.Array) -> bool:
 
 
 def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None,
-              bias: jax.Array | None) -> str:
+              bias: jax.Array | None, causal: bool) -> str:
   """Why the kernel of a platform cannot be used there; "" where it can."""
   T, S, K = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1], q_BxTxHxK.shape[3]
-  if bias is not None and (platform == 'tpu' or mask is not None):
-    return 'it takes no bias by distance (positions = "t5")' + ('' if platform == 'tpu' else ' beside a mask')
+  if bias is not None and mask is not None:
+    return 'it takes no bias by distance (positions = "t5") beside a mask'
+  if bias is not None and platform == 'tpu' and not causal:
+    return 'it takes a bias by distance (positions = "t5") where attention is causal alone'
+  if bias is not None and platform == 'tpu' and K % 8:
+    return f'beside a bias by distance a head must have a multiple of 8 channels, found {K}'
   if bias is not None and T * S > _SPREAD:
     return f'it spreads a bias by distance over {_SPREAD} logits a head at most, found {T} x {S}'
   if mask is not None and (mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
@@ -409,19 +416,46 @@ def _cudnn(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, mas
 _fused = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
 
 
+def _tile(T: int) -> int:
+  """Queries or keys of a tile of the kernels for TPUs: what leaves least to fill up, the largest of several such."""
+  return 128 if T <= 128 else min((512, 384, 256), key=lambda n: -T % n)
+
+
+def _tiled(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, bias_GxHxR: jax.Array) -> jax.Array:
+  """Our Pallas kernel, for causal attention with a bias; heads and groups are those of each device."""
+  from musiclm_jax.nn import distance_kernel
+  names, T = ('batch', None, 'heads_activation', None), q_BxTxHxK.shape[1]
+
+  def local(q, k, v, bias):
+    return distance_kernel.attend(q, k, v, _tiles(bias, T, _tile(T)))
+
+  return axes.apart(local, [names] * 3 + [('batch', 'heads_activation', None)], q_BxTxHxK, k_BxTxHxK, v_BxTxHxK,
+                    bias_GxHxR)
+
+
+def _tiles(bias_GxHxR: jax.Array, T: int, block: int) -> jax.Array:
+  """A bias by distance as `distance_kernel` takes it, [G, H, n, block, block], with what causality hides."""
+  n = -(-T // block)
+  bias = jnp.pad(bias_GxHxR.astype(jnp.float32), ((0, 0), (0, 0), (n * block - T, max(0, block - T))))
+  windows = jnp.stack([bias[..., first * block:(first + 2) * block - 1] for first in reversed(range(n))], axis=2)
+  tiles = by_distance(windows, block, block).swapaxes(-1, -2)
+  seen = (jnp.arange(n) > 0)[:, None, None] | jnp.triu(jnp.ones((block, block), bool))
+  return jnp.where(seen, tiles, _NEGATIVE)
+
+
 def _splash(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, mask: jax.Array | None,
             causal: bool) -> jax.Array:
-  """The Pallas kernel of JAX; lengths are padded to its tiles of 128, and heads are those of each device."""
+  """The Pallas kernel of JAX; lengths are padded to its tiles, and heads are those of each device."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
   T, K = q_BxTxHxK.shape[1], q_BxTxHxK.shape[3]
-  length = -(-T // specs.LENGTH_MULTIPLE) * specs.LENGTH_MULTIPLE
+  tile = _tile(T)
+  length = -(-T // tile) * tile
 
   def local(q, k, v, *seen_BxT):
     q, k, v = (jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q, k, v))
     shape = (length, length)
     mask = masks.MultiHeadMask([masks.CausalMask(shape) if causal else masks.FullMask(shape)] * q.shape[1])
-    tile = next(n for n in (512, 384, 256, 128) if length % n == 0)
     sizes = kernels.BlockSizes(block_q=tile, block_kv=tile, block_kv_compute=tile, block_q_dkv=tile, block_kv_dkv=tile,
                                block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile)
     run = kernels.make_splash_mha_single_device(mask, block_sizes=sizes)

@@ -75,8 +75,6 @@ class TransformerConfig:
       raise ValueError(f'norm must be "rms" or "layer", found {self.norm!r}')
     if self.attention not in KINDS:
       raise ValueError(f'attention must be one of {list(KINDS)}, found {self.attention!r}')
-    if self.attention == 'splash' and self.positions == 't5':
-      raise ValueError('attention = "splash" takes no bias by distance (positions = "t5"); "auto" chooses what fits')
     if self.activation not in ACTIVATIONS:
       raise ValueError(f'activation must be one of {sorted(ACTIVATIONS)}, found {self.activation!r}')
     if not self.head_dim and self.width % self.heads:

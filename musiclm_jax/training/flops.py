@@ -48,8 +48,9 @@ def _of_equation(equation: core.JaxprEqn) -> float:
   if name == 'shard_map':  # the body sees the share of one device
     body = params['jaxpr']
     return of_jaxpr(body) * equation.outvars[0].aval.size / body.outvars[0].aval.size
-  if name == 'pallas_call':  # a kernel, for each place of its grid
-    return math.prod(params['grid_mapping'].grid) * of_jaxpr(params['jaxpr'])
+  if name == 'pallas_call':  # a kernel: as it says itself, or as it stands for each place of its grid
+    stated = params['cost_estimate']
+    return float(stated.flops) if stated else math.prod(params['grid_mapping'].grid) * of_jaxpr(params['jaxpr'])
   if name == 'cond':
     return max(of_jaxpr(branch.jaxpr) for branch in params['branches'])
   if name == 'while':

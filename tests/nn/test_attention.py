@@ -158,11 +158,11 @@ class On:
     ('gpu', 'cudnn', {'K': 12}, 'multiple of 8 and at most 128 channels, found 12'),
     ('gpu', 'cudnn', {'S': 48}, '40 queries and 48 keys'),
     ('gpu', 'cudnn', {'T': 4100, 'S': 4100, 'H': 1, 'groups': 1}, 'over 16777216 logits a head at most'),
-    ('tpu', 'splash', {'groups': 1}, 'no bias by distance'),
+    ('tpu', 'pallas', {'groups': 1}, 'where attention is causal alone'),
     ('gpu', 'cudnn', {'groups': 1, 'masked': 'keys'}, 'no bias by distance .* beside a mask'),
     ('gpu', 'cudnn', {'masked': 'all'}, 'no mask but one of keys'),
-    ('tpu', 'splash', {'masked': 'places'}, 'no mask but one of keys'),
-    ('tpu', 'splash', {'S': 48}, '40 queries and 48 keys')])
+    ('tpu', 'pallas', {'masked': 'places'}, 'no mask but one of keys'),
+    ('tpu', 'pallas', {'S': 48}, '40 queries and 48 keys')])
 def test_a_kernel_that_cannot_do_it_is_refused_in_a_line(platform, kind, changes, words):
   sizes = {'B': 2, 'T': 40, 'S': 40, 'H': 2, 'K': 16, **changes}
   q, k, v, mask, bias = arrays(**sizes)
@@ -171,7 +171,7 @@ def test_a_kernel_that_cannot_do_it_is_refused_in_a_line(platform, kind, changes
   assert '\n' not in str(refused.value)
 
 
-@pytest.mark.parametrize('platform, kind', [('cpu', 'cudnn'), ('cpu', 'splash'), ('gpu', 'cudnn')])
+@pytest.mark.parametrize('platform, kind', [('cpu', 'cudnn'), ('cpu', 'pallas'), ('gpu', 'cudnn')])
 def test_a_kernel_is_named_for_its_device_and_type_alone(platform, kind):
   """What was trained by it is evaluated in float32, and used anywhere."""
   q, k, v, _, _ = arrays(2, 40, 40, 2, 16)
@@ -180,15 +180,20 @@ def test_a_kernel_is_named_for_its_device_and_type_alone(platform, kind):
 
 
 @pytest.mark.parametrize('platform, changes, kind', [
-    ('cpu', {}, 'blockwise'), ('gpu', {}, 'cudnn'), ('tpu', {}, 'splash'), ('gpu', {'groups': 1}, 'cudnn'),
-    ('tpu', {'groups': 1}, 'xla'), ('gpu', {'masked': 'keys'}, 'cudnn'), ('gpu', {'masked': 'places'}, 'xla'),
-    ('tpu', {'masked': 'keys'}, 'splash'), ('gpu', {'K': 12}, 'xla'),
+    ('cpu', {}, 'blockwise'), ('gpu', {}, 'cudnn'), ('tpu', {}, 'pallas'), ('gpu', {'groups': 1}, 'cudnn'),
+    ('tpu', {'groups': 1}, 'xla'), ('tpu', {'groups': 1, 'causal': True}, 'pallas'),
+    ('tpu', {'groups': 1, 'causal': True, 'K': 12}, 'xla'),
+    ('tpu', {'groups': 1, 'causal': True, 'masked': 'keys'}, 'xla'),
+    ('gpu', {'masked': 'keys'}, 'cudnn'), ('gpu', {'masked': 'places'}, 'xla'),
+    ('tpu', {'masked': 'keys'}, 'pallas'), ('gpu', {'K': 12}, 'xla'),
     ('tpu', {'S': 48}, 'xla'), ('gpu', {'S': 48}, 'xla'), ('cpu', {'T': 1}, 'xla'), ('tpu', {'T': 1}, 'xla'),
     ('tpu', {'groups': 1, 'T': 3000, 'S': 3000}, 'blockwise')])
 def test_the_device_decides(platform, changes, kind):
-  q, k, v, mask, bias = arrays(**{'B': 1, 'T': 40, 'S': 40, 'H': 2, 'K': 16, **changes})
+  given = {'B': 1, 'T': 40, 'S': 40, 'H': 2, 'K': 16, 'causal': False, **changes}
+  causal = given.pop('causal')
+  q, k, v, mask, bias = arrays(**given)
   with axes.constraining(On(platform)):
-    assert attentions.fitting(q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), mask, bias) == kind
+    assert attentions.fitting(q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), mask, bias, causal) == kind
 
 
 CUDNN = {'causal': dict(causal=True), 'full': {}, 'causal, odd': dict(causal=True, T=27), 'full, odd': dict(T=27),
@@ -269,6 +274,62 @@ def test_the_kernel_of_tpus_is_the_formula(length, case, monkeypatch):
   theirs = run(lambda q, k, v: formula(q, k, v, mask, None, causal))
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize('length', [256, 300])
+def test_the_kernel_of_tpus_with_a_bias_lowers_with_its_gradient(length):
+  spec = jax.ShapeDtypeStruct((2, length, 2, 64), jnp.bfloat16)
+  bias = jax.ShapeDtypeStruct((1, 2, 2 * length - 1), jnp.float32)
+  with axes.constraining(On('tpu')):
+    loss = lambda q, k, v, bias: jnp.sum(attention(q, k, v, bias_GxHxR=bias, causal=True).astype(jnp.float32))
+    exported = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2, 3))), platforms=['tpu'])(spec, spec, spec, bias)
+  assert exported.mlir_module().count('tpu_custom_call') >= 2
+  assert [a.shape for a in exported.out_avals] == [spec.shape] * 3 + [bias.shape]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """The kernel with a bias as Pallas interprets it, which is not how a TPU computes it, in tiles of 128."""
+  from musiclm_jax.nn import distance_kernel
+  monkeypatch.setattr(distance_kernel, '_pallas_call', functools.partial(distance_kernel._pallas_call, interpret=True))
+  monkeypatch.setattr(attentions, '_tile', lambda T: 128)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('length', [70, 128, 300])
+def test_the_kernel_of_tpus_with_a_bias_is_the_formula(length, groups, interpreted):
+  q, k, v, _, bias = arrays(4, length, length, 2, 16, groups=groups)
+  run = lambda f: jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(f(*x))), (0, 1, 2, 3)))(q, k, v, bias)
+  theirs = run(lambda q, k, v, bias: formula(q, k, v, None, bias, True))
+  for a, b in zip(jax.tree.leaves(run(attentions._tiled)), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+def test_the_kernel_of_tpus_with_a_bias_in_half_precision_stays_near(interpreted):
+  q, k, v, _, bias = arrays(2, 200, 200, 2, 64, groups=1)
+  half = lambda *given: (x.astype(jnp.bfloat16) for x in given)
+  run = lambda f: jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x).astype(jnp.float32))), (0, 1, 2, 3)))(q, k, v, bias)
+  ours = run(lambda q, k, v, bias: attentions._tiled(*half(q, k, v), bias))
+  theirs = run(lambda q, k, v, bias: formula(q, k, v, None, bias, True))
+  for a, b in zip(ours, theirs, strict=True):
+    assert float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel())) < 0.02
+
+
+def test_the_kernel_of_tpus_with_a_bias_on_a_mesh(interpreted):
+  q, k, v, _, bias = arrays(8, 130, 130, 4, 8, groups=1)
+  run = lambda bias: jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attentions._tiled(*x))), (0, 1, 2, 3)))(
+      q, k, v, bias)
+  value, (*others, dbias) = run(bias)
+  with Partitioner(data=2, fsdp=2, tensor=2).active():
+    together, (*parts, dparts) = run(jnp.repeat(bias, 4, axis=0))  # a group for each part of the batch
+  for a, b in zip((together, *parts, dparts.sum(0, keepdims=True)), (value, *others, dbias), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize('length, tile', [
+    (1, 128), (128, 128), (200, 256), (300, 384), (762, 384), (1262, 256), (2261, 384), (4096, 512)])
+def test_tiles_fill_little(length, tile):
+  assert attentions._tile(length) == tile
 
 
 @pytest.mark.parametrize('kind', ['auto', 'blockwise'])

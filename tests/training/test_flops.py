@@ -37,6 +37,12 @@ def test_a_kernel_counts_once_for_each_place_of_its_grid():
   assert flops(product, shape(16, 24)) == 2 * 3 * 2 * 8 * 8 * 8
 
 
+def test_a_kernel_that_states_its_cost_is_believed():
+  cost = pl.CostEstimate(flops=1234, transcendentals=0, bytes_accessed=0)
+  kernel = pl.pallas_call(lambda x, y: None, out_shape=jax.ShapeDtypeStruct((8, 8), jnp.float32), cost_estimate=cost)
+  assert flops(kernel, shape(8, 8)) == 1234
+
+
 @pytest.mark.parametrize('groups, stride', [(1, 1), (2, 1), (1, 2)])
 def test_convolutions(groups, stride):
   conv = lambda x, w: jax.lax.conv_general_dilated(
