@@ -14,8 +14,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 SCHEMA_VERSION = 1
-# Sequence lengths are padded to a multiple of this: the block size of the fused attention kernels.
-LENGTH_MULTIPLE = 128
 # Shared time axis of all streams, in ticks a second: the least common multiple of the frame rates in use.
 TICKS_PER_SECOND = 600
 
@@ -133,13 +131,8 @@ class Stage:
 
   @property
   def length(self) -> int:
-    """Positions of one training sequence, without padding: MusicLM's are 762, 2262 and 1800."""
+    """Positions of one training sequence: MusicLM's are 762, 2262 and 1800."""
     return self.condition_length + self.target.tokens(self.seconds)
-
-  @property
-  def padded_length(self) -> int:
-    """`length` rounded up to the block size of fused kernels: 768, 2304 and 1920 for MusicLM's."""
-    return -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
   @property
   def vocab_size(self) -> int:

@@ -11,10 +11,12 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from musiclm_jax import axes, specs
+from musiclm_jax import axes
 from musiclm_jax.nn.transformer import Block, Cache, Embedding, Transformer, TransformerConfig
 from musiclm_jax.specs import Stage
 from musiclm_jax.token_lm.sequence import Layout
+
+_ROWS = 128  # those of the embedding are filled up to a multiple of it, so that they split over any usual mesh
 
 
 class TokenLM(nnx.Module):
@@ -27,8 +29,7 @@ class TokenLM(nnx.Module):
   def __init__(self, stage: Stage, config: TransformerConfig, *, rngs: nnx.Rngs):
     self.stage, self.config = stage, config
     rows = stage.vocab_size + max(1, len(stage.conditions))
-    # Rows are padded so that the table splits over any usual mesh.
-    rows = -(-rows // specs.LENGTH_MULTIPLE) * specs.LENGTH_MULTIPLE
+    rows = -(-rows // _ROWS) * _ROWS
     self.embedding = Embedding(rows, config.width, scale=1.0, rngs=rngs)
     self.transformer = Transformer(config, rngs=rngs)
     target = stage.target

@@ -70,17 +70,23 @@ def grid() -> Iterator[Cell]:
       yield Cell(experiment, topology, EXCEPTIONS.get((experiment, topology), mesh))
 
 
+# Of the scaling study: the mesh file whose settings are taken, and the machine of each size.
+SIZES = {
+    'h100': ('gpu_8', {1: 'h100:1', 8: 'h100:8', 32: 'h100:8x4', 256: 'h100:8x32', 1024: 'h100:8x128'}),
+    'v5e': ('v5e_16', {1: 'v5e:1x1', 8: 'v5e:2x4', 32: 'v5e:4x8', 256: 'v5e:16x16', 1024: 'v5e:16x16*4'})}
+
+
 def scaling() -> Iterator[Cell]:
-  """The coarse stage on 1 to 1,024 GPUs: weak, 16 rows each, and strong, the 256 rows of the recipe in all."""
-  for chips in (1, 8, 32, 256, 1024):
-    fsdp, nodes = min(chips, 8), max(chips // 8, 1)
-    topology = f'h100:{fsdp}' + (f'x{nodes}' if nodes > 1 else '')
-    tensor = 4 if chips > 256 else 1  # there are no more rows than 256
-    sizes = (f'--gin.partition.Partitioner.fsdp={fsdp}',)
-    yield Cell('coarse_lm', topology, 'gpu_8', (*sizes, f'--gin.BATCH_SIZE={16 * chips}'), 'weak')
-    # What a device cannot hold at once it takes in parts, each of the rows that it has in the weak study.
-    sizes = (f'--gin.partition.Partitioner.fsdp={fsdp // tensor}', f'--gin.partition.Partitioner.tensor={tensor}')
-    yield Cell('coarse_lm', topology, 'gpu_8', (*sizes, f'--gin.MICROBATCHES={max(1, 256 // (16 * chips))}'), 'strong')
+  """The coarse stage on 1 to 1,024 chips: weak, 16 rows each, and strong, the 256 rows of the recipe in all."""
+  for mesh, machines in SIZES.values():
+    for chips, topology in machines.items():
+      fsdp = min(chips, 8)
+      tensor = 4 if chips > 256 else 1  # there are no more rows than 256
+      sizes = lambda **axes: tuple(f'--gin.partition.Partitioner.{axis}={n}' for axis, n in {'data': 0, **axes}.items())
+      yield Cell('coarse_lm', topology, mesh, (*sizes(fsdp=fsdp), f'--gin.BATCH_SIZE={16 * chips}'), 'weak')
+      # What a device cannot hold at once it takes in parts, each of the rows that it has in the weak study.
+      yield Cell('coarse_lm', topology, mesh, (*sizes(fsdp=fsdp // tensor, tensor=tensor),
+                                               f'--gin.MICROBATCHES={max(1, 256 // (16 * chips))}'), 'strong')
 
 
 def _number(value: float) -> str:
@@ -116,18 +122,19 @@ def _longest(plan: dict[str, Any]) -> str:
 
 
 def scaling_table(plans: Mapping[Cell, dict[str, Any] | None]) -> str:
-  """Efficiency against the smallest machine of the same study: operations of the model a second and chip."""
+  """Efficiency against one chip of the same kind and study: operations of the model a second and chip."""
   head = ('study', 'topology', 'chips', 'batch', 'step, s', 'operations a second and chip', 'efficiency', 'messages',
           'the longest')
   lines, first = [head, tuple('---' for _ in head)], {}
-  for cell, plan in sorted(plans.items(), key=lambda item: item[0].study != 'weak'):
+  kind = lambda cell: (cell.topology.partition(':')[0], cell.study != 'weak')
+  for cell, plan in sorted(plans.items(), key=lambda item: kind(item[0])):
     if plan is None or not plan['fits']:
       lines.append((cell.study, cell.topology, 'not computed' if plan is None else plan['message'], *[''] * 6))
       continue
     rate = plan['flops'] / plan['step_seconds'] / plan['chips']
-    first.setdefault(cell.study, rate)
+    first.setdefault(kind(cell), rate)
     lines.append((cell.study, cell.topology, str(plan['chips']), str(plan['batch_size']), _number(plan['step_seconds']),
-                  f'{rate / 1e12:.0f}e12', f'{100 * rate / first[cell.study]:.0f}%',
+                  f'{rate / 1e12:.0f}e12', f'{100 * rate / first[kind(cell)]:.0f}%',
                   f'{100 * plan["collective_seconds"] / plan["step_seconds"]:.0f}% of the step', _longest(plan)))
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 

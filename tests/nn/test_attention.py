@@ -326,10 +326,12 @@ def test_the_kernel_of_tpus_with_a_bias_on_a_mesh(interpreted):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
-@pytest.mark.parametrize('length, tile', [
-    (1, 128), (128, 128), (200, 256), (300, 384), (762, 384), (1262, 256), (2261, 384), (4096, 512)])
-def test_tiles_fill_little(length, tile):
-  assert attentions._tile(length) == tile
+@pytest.mark.parametrize('length, filled', [
+    (1, 128), (128, 128), (200, 256), (300, 384), (1262, 1280), (4096, 4096),
+    (762, 768), (2262, 2304), (1800, 1920)])  # the stages of MusicLM
+def test_tiles_fill_little(length, filled):
+  tile = attentions._tile(length)
+  assert -(-length // tile) * tile == filled and tile % 128 == 0 and (tile > 128 or length <= 128)
 
 
 @pytest.mark.parametrize('kind', ['auto', 'blockwise'])
