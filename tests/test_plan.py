@@ -236,12 +236,18 @@ def test_libtpu_that_is_missing_is_told(monkeypatch):
     ('Ran out of memory in memory space hbm. Used 51.91G of 15.75G hbm. Exceeded', 51.91, 15.75),
     ('the total memory required for HLO temporaries (1.50T) exceeds available HBM (15.75G).', 1536, 15.75)])
 def test_how_the_compiler_of_tpus_refuses_is_understood(words, needed, limit):
+  """First in a hurry, and then with its usual effort."""
+  efforts = []
+
   def refuse():
+    efforts.append(jax.config.jax_exec_time_optimization_effort)
     raise jax.errors.JaxRuntimeError(f'RESOURCE_EXHAUSTED: {words}')
+
   traced = types.SimpleNamespace(lower=lambda: types.SimpleNamespace(compile=refuse))
   with pytest.raises(TooLarge) as refused:
     plan.compile_step(traced, topology('v5e:2x2'))
   assert (refused.value.needed, refused.value.limit) == pytest.approx((needed * 2 ** 30, limit * 2 ** 30))
+  assert efforts == [-1.0, jax.config.jax_exec_time_optimization_effort] and efforts[1] != -1.0
 
 
 @needs_libtpu
@@ -271,7 +277,7 @@ def test_every_experiment_of_the_paper_fits_on_tpus(name, machine, tmp_path):
   assert done.returncode == 0, done.stderr[-2000:]
   f = json.loads((tmp_path / 'plan.json').read_text())
   assert f['fits'] and f['memory']['peak'] < f['memory']['limit'] and not f['unknown_loops']
-  assert f['scattered_share'] > 0.5
+  assert f['scattered_share'] > 0.4
   if name.endswith('_lm'):  # positions are T5's: its bias is summed into buckets before devices are
     experiment = config.load_experiment([f'experiments/{name}.gin', 'size/paper.gin'], [('TOKENS', 'x')],
                                         provided=('workdir', 'dry_run'))
