@@ -119,17 +119,21 @@ def _sizes(partitioner: Partitioner) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A compiled step: the bytes of memory that it takes on a device, and its program."""
+  """A compiled step: the bytes of memory that it takes on a device, its program, and whether it was made in a hurry."""
 
   arguments: float
   temporaries: float
   peak: float
   program: Program
+  hurried: bool = False
 
 
 @contextlib.contextmanager
-def _hurried() -> Iterator[None]:
-  """With the least effort of the compiler, in half the time: the messages are the same, memory a few percent more."""
+def _hurried(topology: chips.Topology) -> Iterator[None]:
+  """With the least effort of the compiler for TPUs: half the time, the same messages, a few percent more memory."""
+  if not topology.is_tpu:
+    yield
+    return
   names = ('jax_exec_time_optimization_effort', 'jax_memory_fitting_effort')
   before = {name: getattr(jax.config, name) for name in names}
   try:
@@ -142,21 +146,24 @@ def _hurried() -> Iterator[None]:
 
 
 def compile_step(traced: jax.stages.Traced, topology: chips.Topology) -> Compiled:
-  """In a hurry, and with the compiler's usual effort what does not fit then. Raises TooLarge where that does not."""
+  """In a hurry, and with the compiler's usual effort what does not fit then.
+
+  Raises TooLarge where that does not, and ValueError where the compiler refuses it for another reason.
+  """
   lowered = traced.lower()
   if topology.is_tpu:
-    with _hurried(), contextlib.suppress(TooLarge):
-      return _compiled(lowered, topology)
+    with _hurried(topology), contextlib.suppress(ValueError):
+      return dataclasses.replace(_compiled(lowered, topology), hurried=True)
   return _compiled(lowered, topology)
 
 
 def _compiled(lowered: jax.stages.Lowered, topology: chips.Topology) -> Compiled:
-  """Raises TooLarge where the compiler, or our sum, finds that it does not fit."""
   try:
     done = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if not (used := _OUT_OF_MEMORY.search(str(error))):
-      raise
+      reason = str(error).splitlines()[0][:300]
+      raise ValueError(f'{topology.name}: its compiler refuses the step: {reason}') from error
     needed, limit = (float(value[:-1]) * 1024 ** ('KMGT'.index(value[-1]) + 1) for value in filter(None, used.groups()))
     raise TooLarge(str(error).splitlines()[0], needed, limit) from None
   memory = done.memory_analysis()
@@ -351,12 +358,12 @@ def plan(training: Training, topology: chips.Topology) -> Plan:
       'batch_parts': here.partitioner.batch_parts, 'num_steps': here.num_steps,
       'compute_dtype': here.precision.compute, 'microbatches': here.precision.microbatches,
       'memory': {'arguments': compiled.arguments, 'temporaries': compiled.temporaries, 'peak': compiled.peak,
-                 'limit': memory_of(topology), 'by_its_compiler': topology.is_tpu},
+                 'limit': memory_of(topology), 'by_its_compiler': topology.is_tpu}, 'hurried': compiled.hurried,
       'fits': True, 'collectives': [{**dataclasses.asdict(row), 'axes': list(row.axes)} for row in rows],
       'unknown_loops': list(compiled.program.unknown_loops),
       'scattered_share': scattered_share(compiled.program, mesh), 'flops': work, 'computed_flops': computed,
       **_times(compiled.program, topology, rows, work, computed, here.num_steps),
-      'assumptions': _assumptions(topology, compiled.program)}
+      'assumptions': _assumptions(topology, compiled)}
   return Plan(figures)
 
 
@@ -392,9 +399,11 @@ def _times(program: Program, topology: chips.Topology, rows: Sequence[Row], work
           'hours': steps * step / 3600, 'chip_hours': steps * step / 3600 * topology.chips}
 
 
-def _assumptions(topology: chips.Topology, program: Program) -> list[str]:
-  chip = topology.chip
+def _assumptions(topology: chips.Topology, compiled: Compiled) -> list[str]:
+  chip, program = topology.chip, compiled.program
   lines = []
+  if compiled.hurried:
+    lines.append('Compiled with the least effort of the compiler: a run takes a few percent less memory.')
   if not topology.is_tpu:
     lines.append('Compiled for CPUs: messages and memory are an estimate, and more than the compiler for this chip '
                  'would need: sums are not scattered, and 16-bit numbers may count as 32-bit.')
@@ -419,7 +428,8 @@ def _advice(training: Training, topology: chips.Topology, error: TooLarge) -> Va
   batch, multiple = training.batch_size, training.rows
 
   def compile_batch(size: int) -> float:
-    return compile_step(training.run.trace(size), topology).peak
+    with _hurried(topology):
+      return _compiled(training.run.trace(size).lower(), topology).peak
 
   fits, over = nearest_batch(compile_batch, too_large=batch, needed=error.needed, limit=error.limit,
                              fixed=training.run.state_bytes, multiple=multiple)

@@ -9,10 +9,12 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from musiclm_jax import chips, config, plan
 from musiclm_jax.chips import topology
+from musiclm_jax.nn import attention, distance_kernel
 from musiclm_jax.plan import nearest_batch, TooLarge, Training
 from musiclm_jax.training.hlo import Program
 from musiclm_jax.training.partition import Partitioner
@@ -217,6 +219,20 @@ def test_a_small_plan_by_the_compiler_of_tpus():
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.parametrize('machine', ['v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+def test_the_kernel_for_a_bias_compiles_for_every_tpu(machine):
+  """With its gradient, at the length of the paper's coarse stage and at the longest; it fits on the chip of each."""
+  device = plan.devices(topology(machine))[0]
+  for length, width, dtype in ((2261, 64, jnp.bfloat16), (2261, 64, jnp.float32), (4096, 64, jnp.bfloat16)):
+    spec = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(
+        device))
+    q = spec(2, length, 2, width)
+    loss = lambda q, k, v, bias: jnp.sum(attention._tiled(q, k, v, bias).astype(jnp.float32))
+    jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(q, q, q, spec(1, 2, 2 * length - 1, dtype=jnp.float32)).compile()
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_slices_of_tpus_are_joined_by_data():
   f = plan.plan(on(training(), data=4, fsdp=2), topology('v5e:2x2*2')).figures
   assert f['chips'] == 8 and f['mesh']['data'] == 4
@@ -277,7 +293,7 @@ def test_every_experiment_of_the_paper_fits_on_tpus(name, machine, tmp_path):
   assert done.returncode == 0, done.stderr[-2000:]
   f = json.loads((tmp_path / 'plan.json').read_text())
   assert f['fits'] and f['memory']['peak'] < f['memory']['limit'] and not f['unknown_loops']
-  assert f['scattered_share'] > 0.4
+  assert f['scattered_share'] > (0.5 if name.endswith('_lm') else 0.4)
   if name.endswith('_lm'):  # positions are T5's: its bias is summed into buckets before devices are
     experiment = config.load_experiment([f'experiments/{name}.gin', 'size/paper.gin'], [('TOKENS', 'x')],
                                         provided=('workdir', 'dry_run'))
@@ -285,4 +301,5 @@ def test_every_experiment_of_the_paper_fits_on_tpus(name, machine, tmp_path):
     assert objective.transformer.positions == 't5'
     length = objective.stage.length - 1
     sent = [[int(d) for d in re.findall(r'\d+', row['of'].partition('[')[2])] for row in f['collectives']]
-    assert not any(sum(abs(d - length) < 4 for d in dims) > 1 for dims in sent)
+    tile = distance_kernel.fitting_block(length, objective.transformer.head_width, jnp.bfloat16)
+    assert not any(sum(abs(d - length) < 4 for d in dims) > 1 or dims[-2:] == [tile, tile] for dims in sent)

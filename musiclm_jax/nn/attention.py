@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from musiclm_jax import axes
 
 KINDS = ('auto', 'xla', 'blockwise', 'cudnn', 'pallas')
-_PLATFORMS = {'cudnn': 'gpu', 'pallas': 'tpu'}  # where a kernel runs
+_PLATFORMS = {'cudnn': 'gpu', 'pallas': 'tpu'}  # where a kernel runs, and in what
+_TYPES = {'cudnn': (jnp.bfloat16, jnp.float16), 'pallas': (jnp.bfloat16, jnp.float32)}
 
 _NEGATIVE = -1e30  # finite, so that a row with every key masked gives a number and not NaN
 _BLOCK = 128  # queries a block, where nobody chooses
@@ -89,7 +90,7 @@ def fitting(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None, 
 
 def _at_home(kind: str, q_BxTxHxK: jax.Array) -> bool:
   """Whether a kernel is one of this device and computes in this type."""
-  return axes.platform() == _PLATFORMS[kind] and (kind != 'cudnn' or q_BxTxHxK.dtype in (jnp.bfloat16, jnp.float16))
+  return axes.platform() == _PLATFORMS[kind] and q_BxTxHxK.dtype in _TYPES[kind]
 
 
 def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None,
@@ -102,6 +103,8 @@ def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: j
     return 'it takes a bias by distance (positions = "t5") where attention is causal alone'
   if bias is not None and platform == 'tpu' and K % 8:
     return f'beside a bias by distance a head must have a multiple of 8 channels, found {K}'
+  if bias is not None and platform == 'tpu' and not _tile(q_BxTxHxK):
+    return f'beside a bias by distance {T} positions of {K} channels in {q_BxTxHxK.dtype} do not fit on the chip'
   if bias is not None and T * S > _SPREAD:
     return f'it spreads a bias by distance over {_SPREAD} logits a head at most, found {T} x {S}'
   if mask is not None and (mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
@@ -416,18 +419,19 @@ def _cudnn(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, mas
 _fused = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
 
 
-def _tile(T: int) -> int:
-  """Queries or keys of a tile of the kernels for TPUs: what leaves least to fill up, the largest of several such."""
-  return 128 if T <= 128 else min((512, 384, 256), key=lambda n: -T % n)
+def _tile(q_BxTxHxK: jax.Array) -> int:
+  """Queries or keys of a block of our kernel for TPUs; 0 where it cannot be used."""
+  from musiclm_jax.nn import distance_kernel
+  return distance_kernel.fitting_block(q_BxTxHxK.shape[1], q_BxTxHxK.shape[3], q_BxTxHxK.dtype)
 
 
 def _tiled(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, bias_GxHxR: jax.Array) -> jax.Array:
   """Our Pallas kernel, for causal attention with a bias; heads and groups are those of each device."""
   from musiclm_jax.nn import distance_kernel
-  names, T = ('batch', None, 'heads_activation', None), q_BxTxHxK.shape[1]
+  names, T, tile = ('batch', None, 'heads_activation', None), q_BxTxHxK.shape[1], _tile(q_BxTxHxK)
 
   def local(q, k, v, bias):
-    return distance_kernel.attend(q, k, v, _tiles(bias, T, _tile(T)))
+    return distance_kernel.attend(q, k, v, _tiles(bias, T, tile))
 
   return axes.apart(local, [names] * 3 + [('batch', 'heads_activation', None)], q_BxTxHxK, k_BxTxHxK, v_BxTxHxK,
                     bias_GxHxR)
@@ -449,8 +453,8 @@ def _splash(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, ma
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
   T, K = q_BxTxHxK.shape[1], q_BxTxHxK.shape[3]
-  tile = _tile(T)
-  length = -(-T // tile) * tile
+  length = -(-T // 128) * 128
+  tile = next(n for n in (512, 384, 256, 128) if length % n == 0)
 
   def local(q, k, v, *seen_BxT):
     q, k, v = (jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q, k, v))

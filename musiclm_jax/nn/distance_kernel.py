@@ -22,9 +22,25 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 _LEAST = -1e30  # below any logit, and finite
-_SLACK = 8 * 2 ** 20  # bytes on the chip for logits and what the compiler needs
+_ON_CHIP = 15 * 2 ** 20  # bytes that every TPU has for a kernel: v4 has 16 MiB
+_LOGITS = 4  # blocks of logits that are in use at a time
 
 _pallas_call = pl.pallas_call
+
+
+def fitting_block(T: int, K: int, dtype: jnp.dtype) -> int:
+  """Keys or queries of a block: of the sizes that fit on the chip what leaves least to fill up; 0 if none fits."""
+  fit = [b for b in ((512, 384, 256, 128) if T > 128 else (128,)) if _bytes_on_chip(T, K, b, dtype) <= _ON_CHIP]
+  return min(fit, key=lambda b: (-T % b + (T if b == 128 < T else 0), -b), default=0)
+
+
+def _bytes_on_chip(T: int, K: int, block: int, dtype: jnp.dtype) -> int:
+  """What the backward pass holds, in pieces of 8 x 128 words: two of all but the bias."""
+  n, size = -(-T // block), jnp.dtype(dtype).itemsize
+  rows, columns = block * -(-K // 128) * 128, -(-K * size // 32) * 32 // size * block
+  head = n * (2 * columns * size + columns * 4 + 2 * 8 * block * 4)  # q and g; dq; sums
+  parts = (4 * rows + columns) * size  # k, v, dk, dv; k in columns
+  return 2 * (head + parts) + (3 * n + _LOGITS) * block * block * 4
 
 
 def attend(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array, tiles_GxHxNxbxb: jax.Array) -> jax.Array:
@@ -109,7 +125,7 @@ def _attend(q, k, v, tiles):
 def _forward(q, k, v, tiles):
   value_columns = v.swapaxes(-1, -2)
   rows = jax.ShapeDtypeStruct((*q.shape[:-2], 1, q.shape[-1]), jnp.float32)
-  y, log_total = _call(_forward_kernel, (q, k, value_columns, tiles), ('block', 'head', 'head', 'tiles'),
+  y, log_total = _call(_forward_kernel, (q, k, value_columns, tiles), ('block', 'head', 'head', 'bias'),
                        (jax.ShapeDtypeStruct(q.shape, v.dtype), rows), ('block', 'block'), products=2)
   return y, (q, k, v, tiles, y, log_total)
 
@@ -120,7 +136,7 @@ def _backward(kept, g):
   like = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype)
   dq, dk, dv, dtiles = _call(
       _backward_kernel, (q, k, k.swapaxes(-1, -2), v, g, log_total, inner, tiles),
-      ('head', 'block', 'block', 'block', 'head', 'head', 'head', 'tiles'),
+      ('head', 'block', 'block', 'block', 'head', 'head', 'head', 'bias'),
       (like(q, jnp.float32), like(k, k.dtype), like(v, v.dtype), like(tiles, jnp.float32)),
       ('head', 'block', 'block', 'tiles'), products=5)
   return (dq / math.sqrt(q.shape[-2])).astype(q.dtype), dk, dv, dtiles
@@ -128,24 +144,26 @@ def _backward(kept, g):
 
 _attend.defvjp(_forward, _backward)
 
-# What a place (group, head, example, block) of the grid gets of an array.
+def _of_a_head(x, **how):
+  return pl.BlockSpec((None,) * 2 + x.shape[2:], lambda g, h, e, i: (g, h, 0, 0, 0), **how)
+
+
+# What a place (group, head, example, block) of the grid gets of an array. Of a bias, the same for all examples of a
+# head, one is held; of all else two, so that the next is fetched meanwhile.
 _PARTS = {'block': lambda x: pl.BlockSpec((None,) * 4 + x.shape[4:], lambda g, h, e, i: (g, e, h, i, 0, 0)),
           'head': lambda x: pl.BlockSpec((None,) * 3 + x.shape[3:], lambda g, h, e, i: (g, e, h, 0, 0, 0)),
-          'tiles': lambda x: pl.BlockSpec((None,) * 2 + x.shape[2:], lambda g, h, e, i: (g, h, 0, 0, 0))}
+          'tiles': _of_a_head, 'bias': lambda x: _of_a_head(x, pipeline_mode=pl.Buffered(1))}
 
 
 def _call(kernel, arrays, parts, results, result_parts, *, products: int):
   """The kernel at every place of the grid, the blocks of a head and the examples of a head after one another."""
   groups, examples, H, n, K, b = arrays[0].shape
   specs = [_PARTS[part](x) for part, x in zip((*parts, *result_parts), (*arrays, *results), strict=True)]
-  resident = sum(math.prod(d for d in spec.block_shape if d) * x.dtype.itemsize
-                 for spec, x in zip(specs, (*arrays, *results)))
   pairs = groups * examples * H * (n * (n + 1) // 2)
   cost = pl.CostEstimate(flops=2 * products * pairs * K * b * b, transcendentals=pairs * b * b,
                          bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *results)))
   return _pallas_call(
       kernel, grid=(groups, H, examples, n), in_specs=specs[:len(arrays)], out_specs=tuple(specs[len(arrays):]),
       out_shape=results, cost_estimate=cost, name=kernel.__name__.strip('_'),
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
-          vmem_limit_bytes=2 * resident + 4 * 4 * b * b + _SLACK))(*arrays)
+      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'))
+  )(*arrays)

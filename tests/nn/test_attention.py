@@ -3,12 +3,13 @@ import functools
 import math
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from musiclm_jax import axes
-from musiclm_jax.nn import attention as attentions
+from musiclm_jax.nn import attention as attentions, distance_kernel
 from musiclm_jax.nn.attention import attention, by_distance
 from musiclm_jax.training.partition import Partitioner
 
@@ -276,9 +277,9 @@ def test_the_kernel_of_tpus_is_the_formula(length, case, monkeypatch):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(jnp.abs(b).max())))
 
 
-@pytest.mark.parametrize('length', [256, 300])
-def test_the_kernel_of_tpus_with_a_bias_lowers_with_its_gradient(length):
-  spec = jax.ShapeDtypeStruct((2, length, 2, 64), jnp.bfloat16)
+@pytest.mark.parametrize('length, dtype', [(256, jnp.bfloat16), (762, jnp.bfloat16), (762, jnp.float32)])
+def test_the_kernel_of_tpus_with_a_bias_lowers_with_its_gradient(length, dtype):
+  spec = jax.ShapeDtypeStruct((2, length, 2, 64), dtype)
   bias = jax.ShapeDtypeStruct((1, 2, 2 * length - 1), jnp.float32)
   with axes.constraining(On('tpu')):
     loss = lambda q, k, v, bias: jnp.sum(attention(q, k, v, bias_GxHxR=bias, causal=True).astype(jnp.float32))
@@ -290,9 +291,8 @@ def test_the_kernel_of_tpus_with_a_bias_lowers_with_its_gradient(length):
 @pytest.fixture
 def interpreted(monkeypatch):
   """The kernel with a bias as Pallas interprets it, which is not how a TPU computes it, in tiles of 128."""
-  from musiclm_jax.nn import distance_kernel
   monkeypatch.setattr(distance_kernel, '_pallas_call', functools.partial(distance_kernel._pallas_call, interpret=True))
-  monkeypatch.setattr(attentions, '_tile', lambda T: 128)
+  monkeypatch.setattr(distance_kernel, 'fitting_block', lambda *_: 128)
 
 
 @pytest.mark.parametrize('groups', [1, 2])
@@ -326,12 +326,34 @@ def test_the_kernel_of_tpus_with_a_bias_on_a_mesh(interpreted):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
+def test_the_kernel_of_tpus_with_a_bias_in_the_memory_of_a_chip(monkeypatch):
+  """What a TPU keeps of results between places of the grid, and when it writes them back; nothing begins as zero."""
+  memory = pltpu.InterpretParams(uninitialized_memory='nan')
+  call = functools.partial(distance_kernel._pallas_call, interpret=memory)
+  monkeypatch.setattr(distance_kernel, '_pallas_call', call)
+  monkeypatch.setattr(distance_kernel, 'fitting_block', lambda *_: 128)
+  q, k, v, _, bias = arrays(2, 300, 300, 2, 16, groups=1)
+  run = lambda f: jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), (0, 1, 2, 3)))(q, k, v, bias)
+  theirs = run(lambda q, k, v, bias: formula(q, k, v, None, bias, True))
+  for a, b in zip(run(attentions._tiled), theirs, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
 @pytest.mark.parametrize('length, filled', [
     (1, 128), (128, 128), (200, 256), (300, 384), (1262, 1280), (4096, 4096),
     (762, 768), (2262, 2304), (1800, 1920)])  # the stages of MusicLM
-def test_tiles_fill_little(length, filled):
-  tile = attentions._tile(length)
-  assert -(-length // tile) * tile == filled and tile % 128 == 0 and (tile > 128 or length <= 128)
+def test_blocks_of_the_kernel_fill_little(length, filled):
+  block = distance_kernel.fitting_block(length, 64, jnp.bfloat16)
+  assert -(-length // block) * block == filled and block % 128 == 0
+
+
+def test_what_does_not_fit_on_a_chip_is_computed_otherwise():
+  q, k, v, _, bias = arrays(1, 4096, 4096, 1, 128, groups=1)
+  assert distance_kernel.fitting_block(4096, 128, jnp.bfloat16) == 0
+  with axes.constraining(On('tpu')):
+    assert attentions.fitting(q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), None, bias, True) == 'blockwise'
+    with pytest.raises(ValueError, match='4096 positions of 128 channels in bfloat16 do not fit on the chip'):
+      attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), bias_GxHxR=bias, causal=True, kind='pallas')
 
 
 @pytest.mark.parametrize('kind', ['auto', 'blockwise'])
