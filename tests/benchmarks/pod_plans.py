@@ -122,7 +122,7 @@ def _longest(plan: dict[str, Any]) -> str:
 
 
 def scaling_table(plans: Mapping[Cell, dict[str, Any] | None]) -> str:
-  """Efficiency against one chip of the same kind and study: operations of the model a second and chip."""
+  """Efficiency against the first machine of the study that fits: operations of the model a second and chip."""
   head = ('study', 'topology', 'chips', 'batch', 'step, s', 'operations a second and chip', 'efficiency', 'messages',
           'the longest')
   lines, first = [head, tuple('---' for _ in head)], {}
