@@ -219,6 +219,14 @@ def test_a_small_plan_by_the_compiler_of_tpus():
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.parametrize('machine', [f'{chip}:{shape}' for chip in ('v5e', 'v6e') for shape in chips.FLAT] + [
+    'v4:2x2x1', 'v5p:2x2x1', 'v5p:4x4x4', 'v5e:16x16*4'])
+def test_slices_are_described_by_their_compiler(machine):
+  assert len(plan.devices(topology(machine))) == topology(machine).chips
+
+
+@needs_libtpu
+@pytest.mark.slow
 @pytest.mark.parametrize('machine', ['v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
 def test_the_kernel_for_a_bias_compiles_for_every_tpu(machine):
   """With its gradient, at the length of the paper's coarse stage and at the longest; it fits on the chip of each."""
