@@ -18,6 +18,7 @@ from musiclm_jax.nn import attention, distance_kernel
 from musiclm_jax.plan import nearest_batch, TooLarge, Training
 from musiclm_jax.training.hlo import Program
 from musiclm_jax.training.partition import Partitioner
+from tests.benchmarks import pod_plans
 from tests.trainings import experiment
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='plans of TPUs need libtpu')
@@ -35,10 +36,6 @@ def command(*arguments, timeout=900):
   environment = {**os.environ, 'XLA_FLAGS': ''}
   return subprocess.run([sys.executable, '-m', 'musiclm_jax.main', 'plan', *arguments], env=environment,
                         capture_output=True, text=True, timeout=timeout)
-
-
-def paper(name, mesh):
-  return '--gin_file', f'experiments/{name}.gin', '--gin_file', 'size/paper.gin', '--gin_file', f'mesh/{mesh}.gin'
 
 
 def test_a_plan_of_simulated_devices():
@@ -285,19 +282,19 @@ def test_tpus_refuse_a_batch_that_is_too_large_and_take_the_nearest():
   assert 10_000 < fits < 100_000
 
 
-MACHINES = {'v5e:4x4': 'v5e_16', 'v5e:16x16': 'v5e_256', 'v5p:4x4x4': 'v5p_128', 'v6e:8x8': 'v6e_64'}
-EXPERIMENTS = {'semantic_lm': 'v6e:8x8', 'coarse_lm': 'v5e:4x4', 'fine_lm': 'v5p:4x4x4', 'codec': 'v5e:4x4',
-               'w2v_bert': 'v6e:8x8', 'mulan': 'v5e:16x16'}
+SLOW = {'semantic_lm': 'v6e:8x8', 'coarse_lm': 'v5e:4x4', 'fine_lm': 'v5p:4x4x4', 'codec': 'v5e:4x4',
+        'w2v_bert': 'v6e:8x8', 'mulan': 'v5e:16x16'}
 
 
 @needs_libtpu
-@pytest.mark.parametrize('name, machine', [
-    pytest.param(name, machine, marks=pytest.mark.slow if EXPERIMENTS[name] == machine else pytest.mark.soak)
-    for name in EXPERIMENTS for machine in MACHINES])
-def test_every_experiment_of_the_paper_fits_on_tpus(name, machine, tmp_path):
+@pytest.mark.parametrize('cell', [
+    pytest.param(cell, id=f'{cell.experiment}-{cell.topology}',
+                 marks=pytest.mark.slow if SLOW[cell.experiment] == cell.topology else pytest.mark.soak)
+    for cell in pod_plans.grid() if topology(cell.topology).is_tpu])
+def test_every_experiment_of_the_paper_fits_on_tpus(cell, tmp_path):
   """Each on one of the machines in the slow suite, and on all of them in the longest."""
-  mesh = 'multislice' if (name, machine) == ('codec', 'v5e:16x16') else MACHINES[machine]
-  done = command(*paper(name, mesh), '--topology', machine, '--output', str(tmp_path / 'plan.json'), timeout=6000)
+  name, (_, *flags) = cell.experiment, cell.command
+  done = command(*flags, '--output', str(tmp_path / 'plan.json'), timeout=6000)
   assert done.returncode == 0, done.stderr[-2000:]
   f = json.loads((tmp_path / 'plan.json').read_text())
   assert f['fits'] and f['memory']['peak'] < f['memory']['limit'] and not f['unknown_loops']

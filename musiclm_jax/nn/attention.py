@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from musiclm_jax import axes
 
 KINDS = ('auto', 'xla', 'blockwise', 'cudnn', 'pallas')
-_PLATFORMS = {'cudnn': 'gpu', 'pallas': 'tpu'}  # where a kernel runs, and in what
-_TYPES = {'cudnn': (jnp.bfloat16, jnp.float16), 'pallas': (jnp.bfloat16, jnp.float32)}
+_PLATFORMS = {'cudnn': 'gpu', 'pallas': 'tpu'}  # where a kernel runs
+_TYPES = {'cudnn': (jnp.bfloat16, jnp.float16), 'pallas': (jnp.bfloat16, jnp.float32)}  # what it computes in
 
 _NEGATIVE = -1e30  # finite, so that a row with every key masked gives a number and not NaN
 _BLOCK = 128  # queries a block, where nobody chooses
@@ -81,8 +81,7 @@ def fitting(q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: jax.Array | None, 
   if T <= _FEW:
     return 'xla'
   kernel = {on: kind for kind, on in _PLATFORMS.items()}.get(platform)
-  obstacle = kernel and _obstacle(platform, q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR, causal)
-  if kernel and _at_home(kernel, q_BxTxHxK) and not obstacle:
+  if kernel and _at_home(kernel, q_BxTxHxK) and not _obstacle(platform, q_BxTxHxK, k_BxSxHxK, mask, bias_GxHxR, causal):
     return kernel
   whole = platform != 'cpu' and T * S <= _WHOLE and axes.parts('length') == 1
   return 'xla' if whole else 'blockwise'
@@ -99,12 +98,13 @@ def _obstacle(platform: str, q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, mask: j
   T, S, K = q_BxTxHxK.shape[1], k_BxSxHxK.shape[1], q_BxTxHxK.shape[3]
   if bias is not None and mask is not None:
     return 'it takes no bias by distance (positions = "t5") beside a mask'
-  if bias is not None and platform == 'tpu' and not causal:
-    return 'it takes a bias by distance (positions = "t5") where attention is causal alone'
-  if bias is not None and platform == 'tpu' and K % 8:
-    return f'beside a bias by distance a head must have a multiple of 8 channels, found {K}'
-  if bias is not None and platform == 'tpu' and not _tile(q_BxTxHxK):
-    return f'beside a bias by distance {T} positions of {K} channels in {q_BxTxHxK.dtype} do not fit on the chip'
+  if bias is not None and platform == 'tpu':
+    if not causal:
+      return 'it takes a bias by distance (positions = "t5") where attention is causal alone'
+    if K % 8:
+      return f'beside a bias by distance a head must have a multiple of 8 channels, found {K}'
+    if not _tile(q_BxTxHxK):
+      return f'beside a bias by distance {T} positions of {K} channels in {q_BxTxHxK.dtype} do not fit on the chip'
   if bias is not None and T * S > _SPREAD:
     return f'it spreads a bias by distance over {_SPREAD} logits a head at most, found {T} x {S}'
   if mask is not None and (mask.ndim != 4 or mask.shape[1:3] != (1, 1)):

@@ -118,7 +118,7 @@ def _backward_kernel(q_ref, k_ref, key_columns_ref, v_ref, g_ref, log_total_ref,
 
 @jax.custom_vjp
 def _attend(q, k, v, tiles):
-  """Queries in columns [G, B, H, n, K, b], keys and values [G, B, H, n, b, K], tiles [G, H, n, b, b]; like queries."""
+  """Queries in columns [G, B, H, n, K, b], keys and values [G, B, H, n, b, K], tiles [G, H, n, b, b]; as columns."""
   return _forward(q, k, v, tiles)[0]
 
 
@@ -143,6 +143,7 @@ def _backward(kept, g):
 
 
 _attend.defvjp(_forward, _backward)
+
 
 def _of_a_head(x, **how):
   return pl.BlockSpec((None,) * 2 + x.shape[2:], lambda g, h, e, i: (g, h, 0, 0, 0), **how)

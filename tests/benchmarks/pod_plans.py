@@ -18,6 +18,8 @@ import subprocess
 import sys
 from typing import Any
 
+from musiclm_jax.chips import topology
+
 DOCS = pathlib.Path(__file__).resolve().parents[2] / 'docs'
 PLANS = DOCS / 'plans'
 EXPERIMENTS = ('coarse_lm', 'semantic_lm', 'fine_lm', 'codec', 'w2v_bert', 'mulan')
@@ -65,29 +67,29 @@ class Cell:
 
 
 def grid() -> Iterator[Cell]:
-  for topology, mesh in MACHINES.items():
+  for machine, mesh in MACHINES.items():
     for experiment in EXPERIMENTS:
-      yield Cell(experiment, topology, EXCEPTIONS.get((experiment, topology), mesh))
+      yield Cell(experiment, machine, EXCEPTIONS.get((experiment, machine), mesh))
 
 
-# Of the scaling study: the mesh file whose settings are taken, and the machine of each size.
-SIZES = {
-    'h100': ('gpu_8', {1: 'h100:1', 8: 'h100:8', 32: 'h100:8x4', 256: 'h100:8x32', 1024: 'h100:8x128'}),
-    'v5e': ('v5e_16', {1: 'v5e:1x1', 8: 'v5e:2x4', 32: 'v5e:4x8', 256: 'v5e:16x16', 1024: 'v5e:16x16*4'})}
+# Of the scaling study: machines of 1 to 1,024 chips, by the mesh file whose other settings are taken.
+SCALED = {'gpu_8': ('h100:1', 'h100:8', 'h100:8x4', 'h100:8x32', 'h100:8x128'),
+          'v5e_16': ('v5e:1x1', 'v5e:2x4', 'v5e:4x8', 'v5e:16x16', 'v5e:16x16*4')}
 
 
 def scaling() -> Iterator[Cell]:
   """The coarse stage on 1 to 1,024 chips: weak, 16 rows each, and strong, the 256 rows of the recipe in all."""
-  for mesh, machines in SIZES.values():
-    for chips, topology in machines.items():
+  sizes = lambda **axes: tuple(f'--gin.partition.Partitioner.{axis}={n}' for axis, n in {'data': 0, **axes}.items())
+  for mesh, machines in SCALED.items():
+    for machine in machines:
+      chips = topology(machine).chips
       fsdp = min(chips, 8)
       tensor = 4 if chips > 256 else 1  # there are no more rows than 256
-      sizes = lambda **axes: tuple(f'--gin.partition.Partitioner.{axis}={n}' for axis, n in {'data': 0, **axes}.items())
-      yield Cell('coarse_lm', topology, mesh, (*sizes(fsdp=fsdp), f'--gin.BATCH_SIZE={16 * chips}'), 'weak')
+      yield Cell('coarse_lm', machine, mesh, (*sizes(fsdp=fsdp), f'--gin.BATCH_SIZE={16 * chips}'), 'weak')
       if tensor > 2 and mesh.startswith('v5e'):  # those that share a row would lie on several hosts, which is refused
         continue
       # What a device cannot hold at once it takes in parts, each of the rows that it has in the weak study.
-      yield Cell('coarse_lm', topology, mesh, (*sizes(fsdp=fsdp // tensor, tensor=tensor),
+      yield Cell('coarse_lm', machine, mesh, (*sizes(fsdp=fsdp // tensor, tensor=tensor),
                                                f'--gin.MICROBATCHES={max(1, 256 // (16 * chips))}'), 'strong')
 
 

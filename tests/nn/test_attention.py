@@ -326,12 +326,11 @@ def test_the_kernel_of_tpus_with_a_bias_on_a_mesh(interpreted):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
-def test_the_kernel_of_tpus_with_a_bias_in_the_memory_of_a_chip(monkeypatch):
+def test_the_kernel_of_tpus_with_a_bias_in_the_memory_of_a_chip(interpreted, monkeypatch):
   """What a TPU keeps of results between places of the grid, and when it writes them back; nothing begins as zero."""
   memory = pltpu.InterpretParams(uninitialized_memory='nan')
   call = functools.partial(distance_kernel._pallas_call, interpret=memory)
   monkeypatch.setattr(distance_kernel, '_pallas_call', call)
-  monkeypatch.setattr(distance_kernel, 'fitting_block', lambda *_: 128)
   q, k, v, _, bias = arrays(2, 300, 300, 2, 16, groups=1)
   run = lambda f: jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), (0, 1, 2, 3)))(q, k, v, bias)
   theirs = run(lambda q, k, v, bias: formula(q, k, v, None, bias, True))
