@@ -38,12 +38,14 @@ _APART = {OTHER_LEADS: ('lead', ('tempo', 'meter', 'drum_style', 'chord', 'pitch
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-  """Clips to fit clusters on, clips to ask (held out), and seconds of each at most; codes, 0 for the network's own."""
+  """Clips to fit clusters on, clips to ask (held out), and seconds of each at most; codes, 0 for the network's own; the
+  probes by name, () for all."""
 
   fit_clips: int = 1000
   clips: int = 400
   seconds: float = 10.0
   codes: int = 0
+  probes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +100,10 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
     records: music to fit the clusters on ("train") and to measure how they are used on ("test"). Where it is not the
       built-in music, whose every fact is known, the probes ask clips of that.
 
-  Raises ValueError where the run is of another network, or there is too little music for the probes.
+  Raises ValueError where the run is of another network, there is no such probe, or too little music for them.
   """
+  if unknown := sorted(set(amounts.probes) - set(semantic_figures.PROBES)):
+    raise ValueError(f'there is no probe {unknown[0]!r}, only {", ".join(semantic_figures.PROBES)}')
   folder = checkpoint.run_in(run, 'w2v_bert')
   loaded = checkpoint.load(folder)
   if not isinstance(loaded.model, W2vBert):
@@ -115,7 +119,7 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
     asked_NxT, examples = _clips(unheard, amounts.clips, amounts.seconds, encoder)
   heard = {CLEAN: asked_NxT, NOISE: _with_noise(asked_NxT, rate, seed)}
   frames = asked_NxT.shape[1] // encoder.samples_per_frame
-  asked = _Asked([e['attributes'] for e in examples], frames, encoder.frame_rate, seed)
+  asked = _Asked([e['attributes'] for e in examples], frames, encoder.frame_rate, seed, amounts.probes)
   codes = amounts.codes or encoder.codes
   clusters = SemanticTokenizer(encoder, layer=1, codebook_size=codes, iterations=20, seconds=amounts.seconds)
 
@@ -206,9 +210,11 @@ def _one_layer(model: W2vBert, audio_BxN: jax.Array, place: jax.Array) -> jax.Ar
 class _Asked:
   """The probes and the harder tests, on clips with these facts."""
 
-  def __init__(self, facts: Sequence[Mapping[str, Any]], frames: int, frame_rate: float, seed: int):
-    self.probes = {**semantic_figures.composer_probes(facts, frames, frame_rate),
-                   **semantic_figures.note_probes(facts, frames, frame_rate)}
+  def __init__(self, facts: Sequence[Mapping[str, Any]], frames: int, frame_rate: float, seed: int,
+               names: Sequence[str] = ()):
+    there = {**semantic_figures.composer_probes(facts, frames, frame_rate),
+             **semantic_figures.note_probes(facts, frames, frame_rate)}
+    self.probes = {name: there[name] for name in semantic_figures.PROBES if name in (names or there)}
     self.facts, self.seed = facts, seed
 
   def chance(self) -> dict[str, float]:
@@ -222,7 +228,7 @@ class _Asked:
       found[CLEAN, name] = ask(name)
       found[NOISE, name] = ask(name, heard_NxF=tokens[NOISE])
     for test, (_, names) in _APART.items():
-      found |= {(test, name): ask(name, apart_N=self._groups(test)) for name in names}
+      found |= {(test, name): ask(name, apart_N=self._groups(test)) for name in names if name in self.probes}
     return found
 
   def _groups(self, test: str) -> np.ndarray:

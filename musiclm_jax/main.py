@@ -284,7 +284,7 @@ def semantic(args: argparse.Namespace) -> None:
   if args.records and args.records != 'builtin':
     _existing(args.records, '--records')
   study = importlib.import_module('musiclm_jax.layer_study')
-  amounts = study.Amounts(**_given(args, 'clips', 'fit_clips', 'seconds', 'codes'))
+  amounts = study.Amounts(probes=tuple(args.probes or ()), **_given(args, 'clips', 'fit_clips', 'seconds', 'codes'))
   print(study.study(args.w2v, amounts=amounts, **_given(args, 'records', 'output', 'seed')).text())
 
 
@@ -588,6 +588,7 @@ example:
   p.add_argument('--clips', metavar='N', type=_positive(int), help='held-out clips to ask; default: 400')
   p.add_argument('--fit_clips', metavar='N', type=_positive(int), help='clips to fit clusters on; default: 1000')
   p.add_argument('--seconds', metavar='S', type=_positive(float), help='of each clip at most; default: 10')
+  p.add_argument('--probes', metavar='NAME', nargs='+', help='only these, as tempo meter; default: all')
   p.add_argument('--seed', metavar='N', type=int)
 
 
@@ -665,7 +666,7 @@ examples:
                  help='how strongly the description is followed, in the stages that hear it; 1: plain sampling, '
                       'which is faster; default: 3')
   p.add_argument('--mulan_levels', metavar='N', type=int,
-                 help='how many levels of the description are heard; default: 1')
+                 help='how many levels of the description are heard; default: as many as the stages have learned to')
   p.add_argument('--block_seconds', metavar='S', type=_positive(float),
                  help='audio is made in blocks of this length; shorter: the first comes sooner, the last later')
   p.add_argument('--no_sidecar', action='store_true', help='no .json beside the audio')

@@ -1,6 +1,8 @@
 """The study of layers: every layer has its tokens, and the table says what they tell."""
 from __future__ import annotations
 
+import dataclasses
+
 from flax import nnx
 import jax
 import numpy as np
@@ -69,6 +71,19 @@ def test_music_without_facts_is_measured_and_the_built_in_asked(folder, tmp_path
   signals = write_signals(tmp_path / 'signals')
   found = layer_study.study(folder, records=signals, amounts=FEW, output=tmp_path).figures
   assert found['clips'] == 4 and found['probe_clips'] == 16
+
+
+@pytest.mark.slow
+def test_some_probes_can_be_asked_alone(folder, tmp_path):
+  amounts = dataclasses.replace(FEW, probes=('tempo', 'onset'))
+  alone = layer_study.study(folder, amounts=amounts, output=tmp_path).figures
+  assert list(alone['chance']) == ['tempo', 'onset']
+  assert all(set(row['probes']['other_keys']) == {'tempo', 'onset'} for row in alone['layers'])
+
+
+def test_an_unknown_probe_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="no probe 'bar', only tempo, meter"):
+    layer_study.study(tmp_path, amounts=layer_study.Amounts(probes=('tempo', 'bar')))
 
 
 @pytest.mark.slow

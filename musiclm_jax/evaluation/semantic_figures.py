@@ -21,6 +21,7 @@ from musiclm_jax.training import metrics, state as states
 
 # Probe name in the report -> name of the fact in a composer's attributes.
 CLIP_PROBES = {'tempo': 'tempo', 'meter': 'meter', 'drum_style': 'drums', 'timbre': 'lead'}
+PROBES = (*CLIP_PROBES, 'chord', 'pitch_class', 'onset')  # of `composer_probes` and `note_probes`
 
 
 def masked_figures(
