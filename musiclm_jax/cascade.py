@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from musiclm_jax import specs
 from musiclm_jax.mulan.model import VOCABULARY_ASSET
@@ -80,4 +81,9 @@ class Cascade:
       if there != here:
         raise ValueError(f'the {name} stage in {self.places[f"stage/{name}"]} was trained on tokens of {role} {there}, '
                          f'but {self.places[role]} is {here}: extract again and train the stage on those tokens')
+    if loaded.objective.points and self.has('mulan'):
+      ours, theirs = loaded.buffers['mulan']['codebook'], self.part('mulan').buffers['quantizer']['codebook']
+      if not np.array_equal(ours, theirs):
+        raise ValueError(f'the {name} stage in {self.places[f"stage/{name}"]} hears points that are not those of '
+                         f'{self.places["mulan"]}: train it again with --gin_file token_lm/points.gin')
     return loaded

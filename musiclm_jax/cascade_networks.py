@@ -71,6 +71,12 @@ class CascadeNetworks:
     return {name: sampling if self.cascade.stage(name).objective.condition_dropout
             else dataclasses.replace(sampling, guidance=1.0) for name, sampling in usual.items()}
 
+  @functools.cached_property
+  def mulan_levels(self) -> dict[str, int]:
+    """All, where a stage has always seen all. To others the finer levels of a text are no help: the first."""
+    return {name: spec.levels for name, stage in self.stages.items() for spec in stage.conditions
+            if spec.name == 'mulan' and 'mulan' not in self.cascade.stage(name).objective.truncate}
+
   @property
   def lineage(self) -> dict[str, str]:
     return self.cascade.lineage

@@ -356,7 +356,8 @@ class _Measure:
     samples = generation_figures.Samples(samples_PxSxT, embedding, prompts_PxE, timbres, wall, self.rate)
     judged = self._judged(samples_PxSxT, tokens) if known else {}
     figures = generation_figures.generation_figures(samples, references=references, seed=self.seed, **judged)
-    figures |= {'prompt_texts': prompts, 'mulan_levels': settings.mulan_levels}
+    levels = pipeline.mulan_levels_of(CascadeNetworks(self.cascade), settings)
+    figures |= {'prompt_texts': prompts, 'mulan_levels': levels}
     players = [Players(f'prompt {i + 1}', (Clip('sample', samples_PxSxT[i, 0], self.rate),
                                            Clip('a real clip that the text describes', real_PxT[i], self.rate)),
                        words=prompt) for i, prompt in enumerate(prompts)]

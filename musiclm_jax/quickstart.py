@@ -27,6 +27,7 @@ from typing import Any
 from musiclm_jax.evaluate import BASELINES, MORE_PAIRS, PAIRS, RECORDS, TOKENS
 
 BUNDLE = 'bundle'
+_POINTS = 'token_lm/points.gin'  # texts have more of a say (docs/mulan.md)
 _GRACE_SECONDS = 120.0  # for steps to save what they have, when the quickstart is stopped
 _REPORT_SECONDS = 10.0  # a step shows its progress at most this often
 # XLA on CPU takes and gives back large buffers in every step. With huge pages, and without returning them to the
@@ -76,11 +77,13 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
                       ('prepare',), all_processors=True))
   with_pairs = tuple(step.name for step in steps)
 
-  def train(name: str, experiment: str, after: tuple[str, ...], *, workdir: str = '', **macros: Any) -> Step:
+  def train(name: str, experiment: str, after: tuple[str, ...], *overlays: str, workdir: str = '', **macros: Any
+            ) -> Step:
     flags = [f'--gin.{k}={v}' for k, v in {**macros, 'SEED': seed}.items()]
     # One device: so small batches do not divide over eight, and there are two trainings at a time.
-    return Step(name, ('train', '--gin_file', f'experiments/{experiment}.gin', '--gin_file', f'size/{size}.gin',
-                       '--gin_file', 'mesh/one.gin', *flags, '--workdir', workdir or path(name)), after)
+    files = (f'experiments/{experiment}.gin', f'size/{size}.gin', *overlays, 'mesh/one.gin')
+    return Step(name, ('train', *(word for file in files for word in ('--gin_file', file)), *flags, '--workdir',
+                       workdir or path(name)), after)
 
   return [
       *steps,
@@ -95,9 +98,11 @@ def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, siz
             W2V_WORKDIR=path(BASELINES, 'w2v_bert'), workdir=path(BASELINES, 'semantic_tokens')),
       Step('extract', ('extract', '--input', path(RECORDS), '--workdir', str(root), '--output', path(TOKENS)),
            ('codec', 'mulan_tokens', 'semantic_tokens'), all_processors=True),
-      train('coarse_lm', 'coarse_lm', ('extract',), TOKENS=path(TOKENS)),
+      train('coarse_lm', 'coarse_lm', ('extract',), _POINTS, TOKENS=path(TOKENS),
+            MULAN_TOKENS_WORKDIR=path('mulan_tokens')),
       train('fine_lm', 'fine_lm', ('extract',), TOKENS=path(TOKENS)),
-      train('semantic_lm', 'semantic_lm', ('extract',), TOKENS=path(TOKENS)),
+      train('semantic_lm', 'semantic_lm', ('extract',), _POINTS, TOKENS=path(TOKENS),
+            MULAN_TOKENS_WORKDIR=path('mulan_tokens')),
       Step('report', ('evaluate', '--workdir', str(root), '--output', str(root), '--seed', str(seed)),
            ('semantic_lm', 'coarse_lm', 'fine_lm', 'untrained_semantic_tokens'), all_processors=True),
       # What weights learned from somebody's music may be used for is not for us to say. After the report, whose figures

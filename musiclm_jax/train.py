@@ -87,7 +87,7 @@ class Donor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class InitFrom:
-  """Parameters taken over from another run.
+  """Parameters and buffers taken over from another run.
 
   Attributes:
     workdir: of the other run. part: which of its subtrees ("encoder/layers"), "" for all of it.
@@ -124,7 +124,18 @@ class _OfRun:
 
   def take_over(self, params: Any, buffers: Any) -> tuple[Any, Any]:
     graft = functools.partial(checkpoint.graft, part=self.source.part, into=self.source.into)
+    if self.source.part and not _has(self.loaded.params, self.source.part) and _has(
+        self.loaded.buffers, self.source.part):  # nothing of it is trained
+      return params, graft(buffers, self.loaded.buffers)
     return graft(params, self.loaded.params), graft(buffers, self.loaded.buffers) if self.loaded.buffers else buffers
+
+
+def _has(tree: Mapping[str, Any], part: str) -> bool:
+  for name in part.split('/'):
+    if not isinstance(tree, Mapping) or name not in tree:
+      return False
+    tree = tree[name]
+  return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +183,10 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   wall = goodput.WallTime()
   run = _Run(objective, optimizer, workdir, partitioner, precision, init_from, seed, data_processes)
   run.check_batch(batches.batch_size)
+  lineage = run.lineage(batches)
   if dry_run:
     print(run.describe(batches, num_steps))
     return None
-  lineage = {**getattr(getattr(batches, 'corpus', None), 'lineage', {}), **run.donor_lineage()}
   last = num_steps if stop_after is None else min(num_steps, stop_after)
   with Interruption() as interruption, run.begun(batches, lineage, configuration, keep=cadence.keep) as checkpoints:
     with wall.lost_to('start'):
@@ -244,6 +255,19 @@ class _Run:
       there = checkpoint.read_about(self.workdir)['lineage']
       return {role: there[role] for role in roles if role in there}
     return {role: donation.content_hash for role, donation in zip(roles, self.donations)}
+
+  def lineage(self, batches: Batches) -> dict[str, str]:
+    """What made the examples, and where the parameters came from.
+
+    Raises ValueError where a run that begins would mix two versions of a network.
+    """
+    tokens, donors = getattr(getattr(batches, 'corpus', None), 'lineage', {}), self.donor_lineage()
+    if checkpoint.latest_step(self.workdir) is None:  # one that has begun is compared with how it began
+      for role, content in donors.items():
+        if tokens.get(role, content) != content:
+          raise ValueError(f'the tokens are those of {role} {tokens[role]}, and this is to start from {role} '
+                           f'{content}: name the run that made them')
+    return {**donors, **tokens}
 
   def save(self, state: TrainState, checkpoints: checkpoint.Checkpoints) -> None:
     """Saves a state that is fit to be saved: finite, and the same on all devices that hold copies."""

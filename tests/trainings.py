@@ -24,11 +24,11 @@ STAGES = ('semantic_lm', 'coarse_lm', 'fine_lm')
 TRAININGS = WAVEFORMS + STAGES
 
 
-def experiment(name: str, tokens: str | os.PathLike = 'nowhere', **macros) -> config.Experiment:
+def experiment(name: str, tokens: str | os.PathLike = 'nowhere', *overlays: str, **macros) -> config.Experiment:
   """A training at size nano; stages read the token records at `tokens`."""
   given = {**({'TOKENS': tokens} if name in STAGES else {}), **macros}
   return config.load_experiment(
-      [f'experiments/{name}.gin', 'size/nano.gin'], [(k, str(v)) for k, v in given.items()],
+      [f'experiments/{name}.gin', 'size/nano.gin', *overlays], [(k, str(v)) for k, v in given.items()],
       provided=('workdir', 'dry_run'))
 
 
@@ -86,14 +86,16 @@ def random_cascade(folder: str | os.PathLike, *, conditions: Mapping[str, str] |
   lineage = Cascade(folder).lineage
   tokens = write_tokens(folder / 'tokens', lineage=lineage)
   for name in STAGES:
-    more = {'specs.Stage.conditions': conditions[name]} if conditions else {}
-    save_random(folder / name, name, lineage, TOKENS=tokens, **more)
+    overlays, more = (), {'specs.Stage.conditions': conditions[name]} if conditions else {}
+    if name == 'coarse_lm' and not conditions:  # one stage of each kind: this one hears points
+      overlays, more = ('token_lm/points.gin',), {'MULAN_TOKENS_WORKDIR': folder / 'mulan_tokens'}
+    save_random(folder / name, name, lineage, *overlays, TOKENS=tokens, **more)
   return folder
 
 
-def save_random(workdir: str | os.PathLike, name: str, lineage: Mapping[str, str], **macros) -> None:
+def save_random(workdir: str | os.PathLike, name: str, lineage: Mapping[str, str], *overlays: str, **macros) -> None:
   """A checkpoint of the training `name` as it begins, of step 1."""
-  objective = experiment(name, **macros).argument('objective')
+  objective = experiment(name, 'nowhere', *overlays, **macros).argument('objective')
   state = jax.jit(functools.partial(create, objective, optax.sgd(0.0), keep_ema=False))(jax.random.key(len(name)))
   spread = lambda path, x: (jax.random.normal(jax.random.key(x.size), x.shape) * 0.1
                             if path[-1].key == 'codebook' else x)

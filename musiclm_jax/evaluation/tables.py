@@ -192,8 +192,8 @@ def _mulan(figures: Mapping[str, Any]) -> list[Table | None]:
           figures, {'Text token = clip token': ('mulan.text_audio_agreement', PERCENT),
                     'Chance': ('mulan.text_audio_agreement_chance', PERCENT),
                     'This and all before': ('mulan.text_audio_agreement_so_far', PERCENT)},
-          'Stages are trained on tokens of audio and prompted with tokens of text: they mean the same where '
-          'the two agree, which is at the first levels only.')]
+          'Stages are trained on tokens of audio and prompted with tokens of text. To a stage that learns codes they '
+          'mean the same where the two agree, which is at the first levels only; one that hears points is shown all.')]
 
 
 def _semantic(figures: Mapping[str, Any]) -> list[Table | None]:

@@ -113,17 +113,22 @@ def of_mulan(mulan: Any) -> dict[str, Function]:
 
 def of_stage(model: TokenLM) -> dict[str, Function]:
   """The sampling loop, plain and with guidance, and the likelihood of a sequence. Keys are their two words."""
-  del model  # all sizes are open, or its own
+  # All sizes are open, or the model's own; but its conditions are whole.
+  least = model.stage.conditions[0].levels if model.points else 1
   rows, scalar = (jnp.int32, 'b', 't'), lambda dtype: (dtype,)
   numbers = tuple(map(scalar, (jnp.float32, jnp.int32, jnp.float32, jnp.float32)))
   rest = ((jnp.float32, 2, 'l'), scalar(jnp.int32), (jnp.uint32, 'b', 2), numbers)
+
+  whole = (f't >= {least}', 'l >= t + 1') if least > 1 else ('l >= t + 1',)
 
   def sample(model, rows_BxT, null_rows_BxT, positions_2xL, condition_length, key_data_Bx2, numbers):
     keys_B = jax.random.wrap_key_data(key_data_Bx2, impl='threefry2x32')
     return sample_rows(model, rows_BxT, null_rows_BxT, positions_2xL, condition_length, keys_B, Numbers(*numbers))
 
+  plain = lambda model, rows, *more: sample(model, rows, None, *more)
   return {
-      'sample': Function(lambda model, rows, *more: sample(model, rows, None, *more), (rows, *rest), ('l >= t + 1',)),
-      'sample_guided': Function(sample, (rows, rows, *rest), ('l >= t + 1',)),
-      'row_nats': Function(row_nats, ((jnp.int32, 'b', 'l'), (jnp.float32, 2, 'l'), scalar(jnp.int32)), ('l >= 2',)),
+      'sample': Function(plain, (rows, *rest), whole),
+      'sample_guided': Function(sample, (rows, rows, *rest), whole),
+      'row_nats': Function(row_nats, ((jnp.int32, 'b', 'l'), (jnp.float32, 2, 'l'), scalar(jnp.int32)),
+                           (f'l >= {least + 1}',)),
   }

@@ -38,12 +38,12 @@ class Condition:
 
   Attributes:
     pieces: in ascending order, the first at tick 0; none: unconditional.
-    levels: how many first levels of the tokens are shown.
+    levels: how many first levels of the tokens are shown; None: as many as the networks say.
     negative_Bx1xQ: tokens from which guidance leads away, instead of from no description at all.
   """
 
   pieces: tuple[Piece, ...] = ()
-  levels: int = 1
+  levels: int | None = None
   negative_Bx1xQ: np.ndarray | None = None
 
   def at(self, tick: int) -> np.ndarray | None:
@@ -165,12 +165,13 @@ class Sampled:
     timed = {s.spec.feature: np.concatenate(
         [between(s.frames, s.spec, w.start, w.start + self.plan.window) for w in group]) for s in self.sources}
     asked, negative = [self.condition.at(w.first) for w in group], self.condition.negative_Bx1xQ
-    shown, levels = described(self.stage, self.condition, asked, batch)
+    hear = lambda tokens: described(self.networks, self.name, self.condition, tokens, batch)
+    shown, levels = hear(asked)
     rows = built(self.layout, {**timed, **shown}, prefix_NxFxQ, levels)
     null, sampling = None, self.drawing.sampling
     # Of nothing there is nothing to lead to: unconditional music takes one pass.
     if shown and sampling.guidance != 1.0 and any(tokens is not None for tokens in (negative, *asked)):
-      away, levels = described(self.stage, self.condition, [negative] * len(group), batch)
+      away, levels = hear([negative] * len(group))
       null = built(self.layout, {**timed, **away}, prefix_NxFxQ, levels)
     codes_NxM = np.asarray(self.networks.sample_rows(
         self.name, rows, null, self.layout.positions_2xL, self.layout.condition_length, keys_N, sampling.numbers))
@@ -178,16 +179,22 @@ class Sampled:
     return codes_NxFxQ.reshape(len(group), -1, *codes_NxFxQ.shape[1:])
 
 
-def described(stage: Stage, condition: Condition, tokens: Sequence[np.ndarray | None], batch: int
+def shown_levels(networks: Networks, name: str, asked: int | None) -> int:
+  """How many first levels of the MuLan tokens a stage is shown: as many as are asked for, or as it says."""
+  return networks.mulan_levels.get(name, 1) if asked is None else asked
+
+
+def described(networks: Networks, name: str, condition: Condition, tokens: Sequence[np.ndarray | None], batch: int
               ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
   """A stage's conditions without a frame rate for windows of `batch` examples each, and how many levels are shown."""
   shown, levels = {}, {}
-  for spec in stage.conditions:
+  for spec in networks.stages[name].conditions:
     if not spec.frame_rate:
       nothing = np.zeros((batch, 1, spec.levels), np.int32)
       shown[spec.feature] = np.concatenate(
           [nothing if t is None else np.broadcast_to(t, nothing.shape) for t in tokens]).astype(np.int32)
-      levels[spec.name] = np.repeat([0 if t is None else condition.levels for t in tokens], batch).astype(np.int32)
+      wanted = shown_levels(networks, name, condition.levels)
+      levels[spec.name] = np.repeat([0 if t is None else wanted for t in tokens], batch).astype(np.int32)
   return shown, levels
 
 

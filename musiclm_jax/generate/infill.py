@@ -147,7 +147,7 @@ def _nats_behind(networks: Networks, name: str, place: _Place, sources: Sequence
   layout = Layout(stage, window / specs.TICKS_PER_SECOND)
   piece = lambda codes, spec: codes[:, windows.frame(start, spec):][:, :windows.frame(window, spec)]
   timed = {source.spec.feature: chain.between(source.frames, source.spec, start, start + window) for source in sources}
-  shown, levels = chain.described(stage, condition, [condition.at(start)], len(codes_BxFxQ))
+  shown, levels = chain.described(networks, name, condition, [condition.at(start)], len(codes_BxFxQ))
   rows = built(layout, {**timed, **shown}, piece(codes_BxFxQ, target), levels)
   nats_BxL = np.asarray(networks.row_nats(name, rows, layout.positions_2xL, layout.condition_length))
   behind = layout.condition_length + windows.frame(place.end - start, target) * target.levels

@@ -175,8 +175,9 @@ def about(networks: Networks, request: Request, settings: Settings, seed: int) -
       'best_of': request.best_of,
       'networks': networks.identity,
       'lineage': dict(networks.lineage),
-      'settings': {**dataclasses.asdict(settings), 'sampling': {
-          name: dataclasses.asdict(pipeline.sampling_of(networks, settings, name)) for name in networks.stages}},
+      'settings': {**dataclasses.asdict(settings), 'mulan_levels': pipeline.mulan_levels_of(networks, settings),
+                   'sampling': {name: dataclasses.asdict(pipeline.sampling_of(networks, settings, name))
+                                for name in networks.stages}},
       'date': now.isoformat(timespec='seconds'),
       'made_with': provenance.made_with(),
   }

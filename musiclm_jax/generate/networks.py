@@ -29,6 +29,7 @@ class Networks(Protocol):
       distance between windows of a longer clip; 0 where there is no MuLan.
     semantic_rate: the sample rate that the semantic tokenizer hears; 0 where there is none.
     sampling: how each stage is sampled where nothing else is asked for.
+    mulan_levels: how many first levels of the MuLan tokens a stage is shown then; one that is not named, the first.
     lineage: content hash of each network that makes tokens, by role.
     identity: one hash of all networks, for the provenance of what they generate.
   """
@@ -42,6 +43,7 @@ class Networks(Protocol):
   mulan_hop: int
   semantic_rate: int
   sampling: Mapping[str, Sampling]
+  mulan_levels: Mapping[str, int]
   lineage: Mapping[str, str]
   identity: str
 

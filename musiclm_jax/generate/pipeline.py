@@ -34,8 +34,8 @@ class Settings:
   Attributes:
     seconds: length of the new audio.
     sampling: by stage; a stage that is not named is sampled as its networks say (`Networks.sampling`).
-    mulan_levels: how many first levels of the MuLan tokens condition the stages. Tokens of a text agree with those of
-      its audio at the first levels only; 0 is unconditional.
+    mulan_levels: how many first levels of the MuLan tokens condition the stages; None: as many as the networks say
+      (`Networks.mulan_levels`); 0 is unconditional.
     overlap: share of a window that continues the one before, by stage, half of it for a stage that is not named;
       windows of the fine stage stand alone and are sampled side by side.
     story_context: seconds of what came before that the semantic stage hears where a new text begins. Music goes on as
@@ -47,7 +47,7 @@ class Settings:
 
   seconds: float = 10.0
   sampling: Mapping[str, Sampling] = dataclasses.field(default_factory=dict)
-  mulan_levels: int = 1
+  mulan_levels: int | None = None
   overlap: Mapping[str, float] = dataclasses.field(
       default_factory=lambda: {'semantic': 0.5, 'coarse': 0.5, 'fine': 0.0})
   story_context: float = 0.0
@@ -59,8 +59,8 @@ class Settings:
     for name in ('block_seconds', 'story_context'):
       if not 0 <= getattr(self, name) < math.inf:
         raise ValueError(f'{name} must not be negative, found {getattr(self, name)}')
-    if self.mulan_levels < 0:
-      raise ValueError(f'mulan_levels must not be negative, found {self.mulan_levels}')
+    if self.mulan_levels is not None and not 0 <= self.mulan_levels < 1000:
+      raise ValueError(f'mulan_levels must lie between 0 and 999, found {self.mulan_levels}')
     if any(not 0 <= share < 1 for share in self.overlap.values()):
       raise ValueError(f'the overlap of windows must lie between 0 and 1, found {dict(self.overlap)}')
 
@@ -170,7 +170,7 @@ def blocks(networks: Networks, condition: Condition, settings: Settings, keys_B:
 
 def heard(condition: Condition, settings: Settings) -> Condition:
   """What the stages hear of a condition: as many levels as the settings say, and nothing at all of none."""
-  return dataclasses.replace(condition if settings.mulan_levels else Condition(), levels=settings.mulan_levels)
+  return dataclasses.replace(Condition() if settings.mulan_levels == 0 else condition, levels=settings.mulan_levels)
 
 
 def adjusted(networks: Networks, temperature: float = 1.0, guidance: float | None = None) -> dict[str, Sampling]:
@@ -182,6 +182,12 @@ def adjusted(networks: Networks, temperature: float = 1.0, guidance: float | Non
 
 def sampling_of(networks: Networks, settings: Settings, stage: str) -> Sampling:
   return settings.sampling.get(stage) or networks.sampling[stage]
+
+
+def mulan_levels_of(networks: Networks, settings: Settings) -> dict[str, int]:
+  """How many first levels each stage that hears MuLan tokens is shown."""
+  return {name: chain.shown_levels(networks, name, settings.mulan_levels)
+          for name, stage in networks.stages.items() if stage.timeless}
 
 
 def _runners(networks: Networks, planned: Plan, condition: Condition, settings: Settings, keys_B: jax.Array,

@@ -45,6 +45,7 @@ class BundleSpecs:
   mulan_hop: int
   semantic_rate: int
   text_length: int
+  mulan_levels: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def functions(self) -> dict[str, set[str]]:
@@ -77,6 +78,7 @@ class Bundle:
     self.stages, self.codec_spec = found.stages, found.codec_spec
     self.sample_rate, self.channels, self.semantic_rate = found.sample_rate, found.channels, found.semantic_rate
     self.mulan_rate, self.mulan_window, self.mulan_hop = found.mulan_rate, found.mulan_window, found.mulan_hop
+    self.mulan_levels = found.mulan_levels
 
   def _read_networks(self, files: Files, found: BundleSpecs) -> None:
     self._programs: dict[str, Program] = {}
@@ -177,6 +179,8 @@ def _read_specs(content: bytearray) -> BundleSpecs:
     found = specs.from_json(content.decode(), kinds=(BundleSpecs, Stage, TokenSpec))
     assert isinstance(found, BundleSpecs)
     assert all(isinstance(stage, Stage) and len(stage.streams) for stage in found.stages.values())
+    for name, levels in found.mulan_levels.items():
+      assert type(levels) is int and 0 <= levels <= max(spec.levels for spec in found.stages[name].conditions)
   except Exception as error:  # of many kinds: the content may be anything
     raise ValueError(f'{SPECS} cannot be read: it is of another version of musiclm_jax, or damaged; export it again'
                      ) from error

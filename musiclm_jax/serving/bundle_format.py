@@ -23,7 +23,7 @@ import re
 import stat
 from typing import Any, BinaryIO
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 says nothing of MuLan levels
 MANIFEST, SPECS, VOCABULARY, CARD = 'manifest.json', 'specs.json', 'vocabulary.model', 'MODEL_CARD.md'
 WEIGHT_KINDS = ('float32', 'bfloat16', 'int8')
 _FUNCTION = re.compile(r'functions/([a-z_]+)\.([a-z_]+)\.stablehlo')
@@ -65,6 +65,7 @@ class Manifest:
     lineage: content hash of each network, by its name in the bundle.
     defaults: how each stage is sampled where nothing else is asked for.
     files: (bytes, SHA-256) by name.
+    format: version of this layout.
   """
 
   licence: str
@@ -74,10 +75,11 @@ class Manifest:
   lineage: Mapping[str, str]
   defaults: Mapping[str, Mapping[str, float]]
   files: Mapping[str, tuple[int, str]]
+  format: int = FORMAT_VERSION
 
   def to_bytes(self) -> bytes:
     """The manifest with its own checksum. There is one way to write it, so that any other byte shows."""
-    document = {'format': FORMAT_VERSION, **dataclasses.asdict(self)}
+    document = dataclasses.asdict(self)
     return _canonical({**document, 'sha256': hashlib.sha256(_canonical(document)).hexdigest()})
 
   @property
@@ -108,13 +110,13 @@ def parse_manifest(content: bytes) -> Manifest:
   """The inverse of `Manifest.to_bytes`. Raises ValueError that says what is wrong."""
   try:
     document = json.loads(content)
-    version = document.pop('format')
+    version = document['format']
     if type(version) is int and version > FORMAT_VERSION:
       raise _Newer(f'it is of format {version}, this version of musiclm_jax reads {FORMAT_VERSION}: update musiclm_jax')
     del document['sha256']
     files = {name: (size, digest) for name, (size, digest) in document.pop('files').items()}
     manifest = Manifest(files=files, **document)
-    same = version == FORMAT_VERSION and manifest.to_bytes() == content and manifest._well_typed()
+    same = type(version) is int and version >= 1 and manifest.to_bytes() == content and manifest._well_typed()
   except _Newer:
     raise
   except Exception as error:  # many kinds: the content may be anything

@@ -15,7 +15,7 @@ from musiclm_jax import axes
 from musiclm_jax.nn.transformer import TransformerConfig
 from musiclm_jax.objective import Aux, Batch, Objective
 from musiclm_jax.specs import Stage
-from musiclm_jax.token_lm.model import TokenLM
+from musiclm_jax.token_lm.model import Points, TokenLM
 from musiclm_jax.token_lm.sequence import Layout, build, codes
 
 _FREQUENCY_DECAY = 0.99
@@ -31,20 +31,28 @@ class NextToken(Objective):
     condition_dropout: probability of hiding each condition of an example, whole: trains the null rows that
       guidance and unconditional generation need.
     truncate: conditions of which only the first n levels are shown, n with a probability of about 1 / n. A text's
-      tokens agree with those of its audio at the first levels only, so the model must do with those.
+      tokens agree with those of its audio at the first levels only, so the model must do with those. Music is generated
+      from the first level alone then, else from all.
+    points: what MuLan tokens stand for, where that is used; None: each of their codes is learned by itself.
   """
 
   stage: Stage
   transformer: TransformerConfig
   condition_dropout: float = 0.1
   truncate: tuple[str, ...] = ('mulan',)
+  points: Points | None = None
+
+  def __post_init__(self):
+    first = [(s.name, s.frame_rate, s.first_level) for s in self.stage.conditions[:1]]
+    if self.points and first != [('mulan', 0, 0)]:
+      raise ValueError(f'the {self.stage.name} stage has no MuLan tokens as its first condition, and so no points')
 
   @property
   def layout(self) -> Layout:
     return Layout(self.stage)
 
   def model(self, rngs: nnx.Rngs) -> TokenLM:
-    return TokenLM(self.stage, self.transformer, rngs=rngs)
+    return TokenLM(self.stage, self.transformer, self.points, rngs=rngs)
 
   def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     spec = {'slot': jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
@@ -79,6 +87,10 @@ class NextToken(Objective):
   def loss(self, model: TokenLM, batch: Batch, key: jax.Array, *, training: bool) -> tuple[jax.Array, Aux]:
     keys_B = axes.example_keys(key, batch['slot'])
     keep = self._shown_levels(keys_B) if training else None
+    if training and self.points and self.points.noise:
+      mulan = self.stage.conditions[0]
+      noise_B = axes.example_keys(jax.random.fold_in(key, 1), batch['slot'])
+      batch = {**batch, mulan.feature: model.beside(codes(batch, mulan), noise_B)}
     nats_BxFxQ = self.token_nats(model, batch, keep=keep, keys_B=keys_B if training else None)
     loss = jnp.mean(nats_BxFxQ)
     frequency_QxK = model.frequency[...].astype(jnp.float32)

@@ -53,7 +53,7 @@ def sample_rows(model: TokenLM, rows_BxT: jax.Array, null_rows_BxT: jax.Array | 
   half = (length - given + 1) // 2
   rows, layers = twice(rows_BxT, null_rows_BxT), model.transformer.layers.apart()
   logits, cache = model.extend(rows, model.init_cache(rows.shape[0], given + half), positions_2xL, first % levels,
-                               layers=layers)
+                               layers=layers, first=True)
   code_B = choose(logits, first)
   codes_BxN = jnp.zeros((B, length - given), jnp.int32)
   codes_BxN = jax.lax.dynamic_update_slice_in_dim(codes_BxN, code_B[:, None], 0, axis=1)

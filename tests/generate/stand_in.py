@@ -45,7 +45,7 @@ class StandIn:
     self.stages, self.sample_rate, self.semantic_rate = dict(stages), sample_rate, sample_rate
     self.mulan_rate = sample_rate if mulan else 0
     self.mulan_window, self.mulan_hop = self.mulan_rate // 2, self.mulan_rate // 4
-    self.sampling = {name: USUAL[name] for name in stages}
+    self.sampling, self.mulan_levels = {name: USUAL[name] for name in stages}, {}
     self.sampled: list[tuple[str, int]] = []
 
   @functools.cache  # noqa: B019

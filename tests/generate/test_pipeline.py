@@ -51,6 +51,30 @@ def test_the_prompt_is_heard_and_no_level_means_unconditional(networks):
   np.testing.assert_array_equal(run('slow piano', deaf), run('loud trumpet', deaf))
 
 
+def test_a_stage_is_shown_the_levels_that_it_has_learned_to_hear_or_that_are_asked_for():
+  networks, rows = StandIn(), {}
+  networks.mulan_levels = {'coarse': 3}
+  plain = networks.sample_rows
+
+  def watched(stage, rows_BxT, *rest):
+    rows[stage] = np.asarray(rows_BxT)
+    return plain(stage, rows_BxT, *rest)
+
+  networks.sample_rows = watched
+
+  def shown(name, settings):
+    pipeline.generate(networks, ['slow piano'], settings)
+    stage = networks.stages[name]
+    mulan = stage.conditions[0]
+    return int((rows[name][0, :mulan.levels] != stage.null_row(mulan)).sum())
+
+  theirs, five = Settings(seconds=0.4), Settings(seconds=0.4, mulan_levels=5)
+  assert (shown('semantic', theirs), shown('coarse', theirs)) == (1, 3)
+  assert (shown('semantic', five), shown('coarse', five)) == (5, 5)
+  assert pipeline.mulan_levels_of(networks, theirs) == {'semantic': 1, 'coarse': 3}
+  assert pipeline.mulan_levels_of(networks, five) == {'semantic': 5, 'coarse': 5}
+
+
 def test_one_window_that_covers_all_is_the_sliding_result_of_the_first_window(networks):
   short = pipeline.generate(networks, ['slow piano'], Settings(seconds=0.4, sampling=GREEDY), seed=1).tokens
   long = pipeline.generate(networks, ['slow piano'], Settings(seconds=2.0, sampling=GREEDY), seed=1).tokens

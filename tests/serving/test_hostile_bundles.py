@@ -108,8 +108,30 @@ def test_what_is_no_manifest_is_refused(bundle, content):
 
 def test_a_newer_format_is_told_apart(bundle):
   document = json.loads((bundle / MANIFEST).read_text())
-  (bundle / MANIFEST).write_text(json.dumps({**document, 'format': 2, 'new': 'field'}))
-  refused(bundle, 'it is of format 2, this version of musiclm_jax reads 1: update musiclm_jax')
+  (bundle / MANIFEST).write_text(json.dumps({**document, 'format': 3, 'new': 'field'}))
+  refused(bundle, 'it is of format 3, this version of musiclm_jax reads 2: update musiclm_jax')
+
+
+def with_levels(bundle, levels) -> None:
+  document = json.loads((bundle / 'specs.json').read_text())
+  del document['value']['mulan_levels']
+  if levels is not None:
+    document['value']['mulan_levels'] = levels
+  put(bundle, 'specs.json', json.dumps(document).encode())
+
+
+def test_a_bundle_of_the_first_format_shows_its_stages_one_level(bundle):
+  assert Bundle(bundle).mulan_levels == {'coarse': 12}
+  with_levels(bundle, None)
+  (bundle / MANIFEST).write_bytes(dataclasses.replace(manifest_of(bundle), format=1).to_bytes())
+  assert Bundle(bundle).mulan_levels == {}
+
+
+@pytest.mark.parametrize('levels', [
+    {'coarse': 2**70}, {'coarse': 13}, {'coarse': -1}, {'coarse': '1'}, {'other': 1}, 3])
+def test_levels_that_no_stage_has_are_refused(bundle, levels):
+  with_levels(bundle, levels)
+  refused(bundle, 'specs.json cannot be read')
 
 
 def test_a_huge_manifest_is_not_read(bundle):

@@ -9,6 +9,7 @@ import pytest
 
 from musiclm_jax.nn.transformer import TransformerConfig
 from musiclm_jax.specs import Stage, TokenSpec
+from musiclm_jax.token_lm.model import Points
 from musiclm_jax.token_lm.objective import NextToken
 from musiclm_jax.training import state as states
 from musiclm_jax.training.partition import Partitioner
@@ -22,8 +23,10 @@ MESHES = {
     'sequence': dict(data=1, sequence=8), 'all but sequence': dict(data=2, fsdp=2, tensor=2),
     'all but data': dict(data=1, fsdp=2, tensor=2, sequence=2), 'all but fsdp': dict(data=2, tensor=2, sequence=2),
 }
+# "points": rotary, and MuLan's points.
 CASES = [(mesh, 'rotary', False) for mesh in MESHES] + [
-    ('sequence', 'rotary', True), ('all but data', 't5', True),
+    ('sequence', 'points', False), ('all but sequence', 'points', False), ('sequence', 'rotary', True),
+    ('all but data', 't5', True),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ('all but sequence', 'rotary', True), ('sequence', 't5', False), ('all but fsdp', 't5', False)))]
 
@@ -31,8 +34,10 @@ CASES = [(mesh, 'rotary', False) for mesh in MESHES] + [
 @functools.cache
 def training(positions, remat):
   """The skeleton, parameters and buffers of the stage, a batch of 8, and a function to its loss and gradient."""
+  points = positions == 'points'
   objective = NextToken(STAGE, TransformerConfig(
-      width=32, depth=2, heads=8, mlp_width=64, positions=positions, remat=remat, attention_block=16, dropout=0.1))
+      width=32, depth=2, heads=8, mlp_width=64, positions='rotary' if points else positions, remat=remat,
+      attention_block=16, dropout=0.1), points=Points(8, noise=0.3, continuous=True) if points else None)
   params, buffers = states.split_model(objective.model(nnx.Rngs(0)))
   generator = np.random.default_rng(0)
   batch = {name: jnp.asarray(generator.integers(0, 16, spec.shape), jnp.int32)

@@ -11,6 +11,7 @@ from musiclm_jax.nn.transformer import TransformerConfig
 from musiclm_jax.specs import Stage, TokenSpec
 from musiclm_jax.token_lm import sample as sampling
 from musiclm_jax.token_lm.draw import draw, Sampling
+from musiclm_jax.token_lm.model import Points
 from musiclm_jax.token_lm.objective import NextToken
 from musiclm_jax.token_lm.sample import row_nats, sample, sample_rows
 from musiclm_jax.token_lm.sequence import build, codes
@@ -21,12 +22,14 @@ COARSE, FINE = ACOUSTIC.part('coarse', 0, 2), ACOUSTIC.part('fine', 2, 4)
 STAGES = {'semantic': Stage('semantic', (MULAN,), SEMANTIC, 0.4),
           'coarse': Stage('coarse', (MULAN, SEMANTIC), COARSE, 0.2),
           'fine': Stage('fine', (COARSE,), FINE, 0.12),
+          'points': Stage('points', (MULAN, SEMANTIC), COARSE, 0.2),
           'unconditional': Stage('unconditional', (), SEMANTIC, 0.4)}
+POINTS = {'points': Points(8, noise=0.3, continuous=True)}
 NET = TransformerConfig(width=32, depth=2, heads=2, mlp_width=48, dropout=0.1)
 
 
 def objective_of(name: str, **changes) -> NextToken:
-  return NextToken(STAGES[name], dataclasses.replace(NET, **changes))
+  return NextToken(STAGES[name], dataclasses.replace(NET, **changes), points=POINTS.get(name))
 
 
 def batch_of(stage: Stage, size: int = 4) -> dict[str, jax.Array]:
@@ -151,9 +154,10 @@ def test_likelihood_of_rows_is_that_of_the_objective(name):
   np.testing.assert_allclose(nats[:, given:], objective.token_nats(model, batch).reshape(4, -1), atol=1e-5)
 
 
+@pytest.mark.parametrize('name', ['coarse', 'points'])
 @pytest.mark.parametrize('stream', ['mulan', 'semantic'])
-def test_conditions_are_used_and_can_be_dropped(stream):
-  objective = objective_of('coarse')
+def test_conditions_are_used_and_can_be_dropped(name, stream):
+  objective = objective_of(name)
   model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
   other = {**batch, stream: (batch[stream] + 3) % 16}
   assert not np.allclose(objective.token_nats(model, batch), objective.token_nats(model, other), atol=1e-5)
@@ -173,9 +177,56 @@ def test_training_truncates_and_drops_conditions_at_the_stated_rates():
     assert np.mean(mulan == levels) == pytest.approx(0.75 / levels / (1 + 1 / 2 + 1 / 3), abs=0.03)
 
 
+def test_points_are_heard_level_by_level():
+  model, batch = objective_of('points').model(nnx.Rngs(0)), batch_of(STAGES['points'])
+  rows = build(objective_of('points').layout, batch, codes(batch, COARSE), keep={'mulan': jnp.array([3, 2, 0, 3])})
+  found, plain, codebook = model.embed(rows), model.embedding(rows), model.mulan.codebook[...]
+  np.testing.assert_array_equal(found[:, 3:], plain[:, 3:])
+  for b, shown in enumerate((3, 2, 0, 3)):
+    for level in range(3):
+      point = sum(codebook[q, batch['mulan'][b, 0, q]] for q in range(level + 1))
+      wanted = model.point(point) if level < shown else plain[b, level]
+      np.testing.assert_allclose(found[b, level], wanted, atol=1e-5)
+
+
+def test_a_point_beside_another_has_its_first_codes_and_its_distance():
+  objective = objective_of('points')
+  model = objective.model(nnx.Rngs(0))
+  # Levels each a quarter as large as the one before, as those of a fitted quantizer are; points near length 1.
+  first = model.mulan.codebook[...] / jnp.linalg.norm(model.mulan.codebook[...], axis=-1, keepdims=True)
+  model.mulan.codebook[...] = first / 4.0 ** jnp.arange(3)[:, None, None]
+  on_sphere = jax.random.normal(jax.random.key(1), (500, 1, 8))
+  clip = model.mulan.encode(on_sphere / jnp.linalg.norm(on_sphere, axis=-1, keepdims=True))
+  share = {}
+  for noise in (1e-6, 0.1, 0.5):
+    model.points = dataclasses.replace(objective.points, noise=noise)
+    beside = model.beside(clip, jax.random.split(jax.random.key(0), 500))
+    assert beside.shape == clip.shape
+    share[noise] = np.asarray((beside == clip).mean((0, 1)))
+  assert share[1e-6][0] > 0.95 and share[0.1][0] > 0.85  # but for what scaling back to length 1 moves
+  assert share[0.5][1] < share[0.1][1] - 0.2 and (np.diff(share[0.5]) < -0.1).all()
+
+
+def test_noise_is_an_examples_own_and_of_training_alone():
+  objective = dataclasses.replace(objective_of('points', dropout=0.0), condition_dropout=0.0, truncate=())
+  model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
+  loss = lambda batch, training, key=jax.random.key(0): float(objective.loss(model, batch, key, training=training)[0])
+  assert loss(batch, False) == loss(batch, False, jax.random.key(1))
+  assert loss(batch, True) != loss(batch, True, jax.random.key(1))  # nothing but the noise is random
+  halves = [{k: v[part] for k, v in batch.items()} for part in (slice(0, 2), slice(2, 4))]
+  assert np.mean([loss(half, True) for half in halves]) == pytest.approx(loss(batch, True), abs=1e-6)
+
+
+def test_points_need_mulan_tokens_first():
+  for name in ('fine', 'unconditional'):
+    with pytest.raises(ValueError, match=f'the {name} stage has no MuLan tokens'):
+      dataclasses.replace(objective_of(name), points=Points(8))
+
+
+@pytest.mark.parametrize('name', ['coarse', 'points'])
 @pytest.mark.parametrize('guided', [False, True])
-def test_sampling_can_be_exported_for_any_batch_and_length(guided):
-  objective = objective_of('coarse')
+def test_sampling_can_be_exported_for_any_batch_and_length(name, guided):
+  objective = objective_of(name)
   model, batch = objective.model(nnx.Rngs(0)), batch_of(objective.stage)
   graphdef, state = nnx.split(model)
   state = nnx.to_pure_dict(state)
@@ -184,7 +235,7 @@ def test_sampling_can_be_exported_for_any_batch_and_length(guided):
     merged = nnx.merge(graphdef, state)
     return sample_rows(merged, rows, null, positions, condition_length, jax.random.wrap_key_data(key_data), numbers)
 
-  b, t, n = jax.export.symbolic_shape('b, t, n')
+  b, t, n = jax.export.symbolic_shape('b, t, n', constraints=('t >= 3',) if name == 'points' else ())
   of = jax.ShapeDtypeStruct
   rows = of((b, t), jnp.int32)
   shapes = (jax.tree.map(lambda x: of(x.shape, x.dtype), state), rows, rows if guided else None,
