@@ -86,12 +86,18 @@ class Probe:
     return rows
 
 
+def classifier() -> pipeline.Pipeline:
+  """What is fitted to `histograms`: a logistic regression, of one strength of regularisation for all tokenizers and
+  all labels: nothing is tuned."""
+  return pipeline.make_pipeline(
+      preprocessing.StandardScaler(), linear_model.LogisticRegression(C=0.02, max_iter=300, tol=1e-3))
+
+
 def answered(probe: Probe, tokens_NxF: np.ndarray, codebook_size: int, *, heard_NxF: np.ndarray | None = None,
              apart_N: np.ndarray | None = None, folds: int = 5, seed: int = 0) -> np.ndarray:
-  """Which rows a logistic regression answers rightly that was fitted on other clips, bool [R].
+  """Which rows a `classifier` answers rightly that was fitted on other clips, bool [R].
 
-  Cross-validated over groups of clips, so that every row counts once. One fixed strength of regularisation for all
-  tokenizers and all labels: nothing is tuned.
+  Cross-validated over groups of clips, so that every row counts once.
 
   Args:
     heard_NxF: tokens of the same clips to answer from, where they are not the ones to fit on (clips with noise, say).
@@ -112,9 +118,7 @@ def answered(probe: Probe, tokens_NxF: np.ndarray, codebook_size: int, *, heard_
     if len(np.unique(answers[fit])) < 2:
       right[test] = answers[test] == answers[fit][0]
       continue
-    model = pipeline.make_pipeline(
-        preprocessing.StandardScaler(), linear_model.LogisticRegression(C=0.02, max_iter=300, tol=1e-3))
-    right[test] = model.fit(fit_on[fit], answers[fit]).predict(asked[test]) == answers[test]
+    right[test] = classifier().fit(fit_on[fit], answers[fit]).predict(asked[test]) == answers[test]
   return right
 
 

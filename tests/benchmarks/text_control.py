@@ -17,7 +17,6 @@ import pathlib
 
 import jax
 import numpy as np
-from sklearn import linear_model, pipeline, preprocessing
 
 from musiclm_jax import evaluate
 from musiclm_jax.data import records
@@ -35,9 +34,7 @@ class Judge:
 
   def __init__(self, tokens_NxF: np.ndarray, labels_N: np.ndarray, codes: int):
     self.codes = codes
-    self.model = pipeline.make_pipeline(
-        preprocessing.StandardScaler(), linear_model.LogisticRegression(C=0.02, max_iter=300, tol=1e-3))
-    self.model.fit(probes.histograms(tokens_NxF, codes), labels_N)
+    self.model = probes.classifier().fit(probes.histograms(tokens_NxF, codes), labels_N)
 
   def right(self, tokens_NxF: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
     return self.model.predict(probes.histograms(tokens_NxF, self.codes)) == labels_N
