@@ -1,9 +1,9 @@
 """Which layer of a w2v-BERT to make semantic tokens from: what the tokens of each would tell.
 
-Every layer gets its own clusters, fitted as `SemanticTokenizer` does, beside the same layers before training and
-k-means of plain log-mel.
+Every layer gets its own clusters, fitted as the tokens that ship (`experiments/semantic_tokens.gin`), beside the same
+layers before training and k-means of plain log-mel.
 
-Shapes: N clips, T samples, F frames, R answers to a probe.
+Shapes: N clips, T samples, F frames, L layers, R answers to a probe.
 """
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import soxr
 
@@ -121,26 +122,29 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
   frames = asked_NxT.shape[1] // encoder.samples_per_frame
   asked = _Asked([e['attributes'] for e in examples], frames, encoder.frame_rate, seed, amounts.probes)
   codes = amounts.codes or encoder.codes
-  clusters = SemanticTokenizer(encoder, layer=1, codebook_size=codes, iterations=20, seconds=amounts.seconds)
+  clusters = SemanticTokenizer(encoder, layer=1, codebook_size=codes, iterations=20, seconds=amounts.seconds,
+                               decorrelate=True)
 
   found: dict[tuple[str, str], dict[str, Any]] = {}
   right: dict[tuple[str, str], dict[tuple[str, str], np.ndarray]] = {}
-  for network, layer, tokens_of in _tokenizers(loaded, clusters, fit_NxT, seed):
-    at = network, layer
-    used_NxF = tokens_of(used_NxT)
-    counts_1xK = token_counts.level_counts(used_NxF[..., None], codes)
-    found[at] = {'network': network, 'layer': layer, 'place': encoder.layer_names.index(layer) if layer else None,
-                 'perplexity': float(token_counts.perplexity(counts_1xK)[0]) / codes,
-                 'repeats': float(np.mean(used_NxF[:, 1:] == used_NxF[:, :-1]))}
-    right[at] = asked.answered({name: tokens_of(clips) for name, clips in heard.items()}, codes)
-    print(f'studied {network} {layer}', flush=True)
+  for network, layers, tokens_of in _tokenizers(loaded, clusters, fit_NxT, seed):
+    told = {name: tokens_of(clips) for name, clips in heard.items()}
+    used_LxNxF = told[CLEAN] if used_NxT is asked_NxT else tokens_of(used_NxT)
+    for place, layer in enumerate(layers):
+      at, used_NxF = (network, layer), used_LxNxF[place]
+      counts_1xK = token_counts.level_counts(used_NxF[..., None], codes)
+      found[at] = {'network': network, 'layer': layer, 'place': place if layer else None,
+                   'perplexity': float(token_counts.perplexity(counts_1xK)[0]) / codes,
+                   'repeats': float(np.mean(used_NxF[:, 1:] == used_NxF[:, :-1]))}
+      right[at] = asked.answered({name: tokens_LxNxF[place] for name, tokens_LxNxF in told.items()}, codes)
+      print(f'studied {network} {layer}', flush=True)
   for at in found:
     rivals = {UNTRAINED: (UNTRAINED, at[1]), LOG_MEL: (LOG_MEL, '')} if at[0] == TRAINED else {}
     found[at]['probes'] = asked.figures(right[at], {name: right[rival] for name, rival in rivals.items()})
   figures = {
       'run': str(folder), 'hash': loaded.content_hash, 'step': loaded.step, 'records': str(records), 'codes': codes,
-      'fit_clips': len(fit_NxT), 'fit_seconds': fit_NxT.shape[1] / rate, 'clips': len(used_NxT),
-      'probe_clips': len(asked_NxT),
+      'decorrelate': clusters.decorrelate, 'fit_clips': len(fit_NxT), 'fit_seconds': fit_NxT.shape[1] / rate,
+      'clips': len(used_NxT), 'probe_clips': len(asked_NxT),
       'seconds': asked_NxT.shape[1] / rate, 'noise_db': _NOISE_DB, 'seed': seed, 'chance': asked.chance(),
       'layers': list(found.values())}
   output = pathlib.Path(output or folder)
@@ -182,8 +186,8 @@ def _with_noise(audio_NxT: np.ndarray, rate: int, seed: int) -> np.ndarray:
 
 
 def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray, seed: int,
-                ) -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
-  """(network, layer, function from clips [N, T] to tokens [N, F]) of every layer and of the baseline."""
+                ) -> Iterator[tuple[str, Sequence[str], Callable[[np.ndarray], np.ndarray]]]:
+  """(network, its layers, function from clips [N, T] to the tokens of each [L, N, F]), of the baseline first."""
   encoder = loaded.objective.encoder
   untrained = loaded.objective.model(nnx.Rngs(seed))
   untrained.mel_mean[...], untrained.mel_deviation[...] = loaded.model.mel_mean[...], loaded.model.mel_deviation[...]
@@ -192,19 +196,27 @@ def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray
   fit_NxT = fit_NxT[np.linspace(0, len(fit_NxT) - 1, clips).astype(int)]
   mel = lambda audio_NxT: probes.log_mel_rows(encoder, audio_NxT, batch_size=_BATCH)
   found = probes.fitted(clusters, mel(fit_NxT), seed)
-  yield LOG_MEL, '', lambda audio_NxT: np.asarray(probes.tokens(found, mel(audio_NxT)))
+  yield LOG_MEL, ('',), lambda audio_NxT: np.asarray(probes.tokens(found, mel(audio_NxT)))[None]
   for network, model in ((UNTRAINED, untrained), (TRAINED, loaded.model)):
-    run = states.compiled(model, _one_layer)
-    for place, layer in enumerate(encoder.layer_names):
-      features = lambda audio, run=run, place=place: run(audio, np.int32(place))
-      found = probes.fitted(clusters, batched.in_batches(features, fit_NxT, batch_size=_BATCH), seed)
-      yield network, layer, lambda audio_NxT, features=features, found=found: batched.in_batches(
-          lambda audio: probes.tokens(found, features(audio)), audio_NxT, batch_size=_BATCH)
+    one, every = states.compiled(model, _one_layer), states.compiled(model, _tokens)
+    fit = []
+    for place in range(len(encoder.layer_names)):  # one by one: features of all would be many
+      rows = batched.in_batches(lambda audio, one=one, place=np.int32(place): one(audio, place), fit_NxT,
+                                batch_size=_BATCH)
+      fit.append(probes.fitted(clusters, rows, seed))
+    yield network, encoder.layer_names, lambda audio_NxT, every=every, fit=fit: np.moveaxis(
+        batched.in_batches(lambda audio: every(audio, fit), audio_NxT, batch_size=_BATCH), 1, 0)
 
 
 def _one_layer(model: W2vBert, audio_BxN: jax.Array, place: jax.Array) -> jax.Array:
   """Features of the layer at a place that is not known when this is compiled: one program serves all."""
   return jax.lax.dynamic_index_in_dim(model.every_layer(audio_BxN), place, keepdims=False)
+
+
+def _tokens(model: W2vBert, audio_BxN: jax.Array, fit: Sequence[Mapping[str, Any]]) -> jax.Array:
+  """Tokens of each layer with what was fitted to it, int32 [B, L, F]."""
+  every = model.every_layer(audio_BxN)
+  return jnp.stack([probes.tokens(found, every[place]) for place, found in enumerate(fit)], axis=1)
 
 
 class _Asked:

@@ -81,6 +81,15 @@ def test_some_probes_can_be_asked_alone(folder, tmp_path):
   assert all(set(row['probes']['other_keys']) == {'tempo', 'onset'} for row in alone['layers'])
 
 
+def test_the_study_and_the_tokens_that_ship_are_fitted_in_one_way(monkeypatch, folder, tmp_path):
+  fits = []
+  monkeypatch.setattr(layer_study, '_tokenizers', lambda loaded, clusters, *_: fits.append(clusters) or ())
+  monkeypatch.setattr(layer_study, '_picture', lambda *_: b'')
+  found = layer_study.study(folder, amounts=dataclasses.replace(FEW, seconds=2.0), output=tmp_path).figures
+  shipped = experiment('semantic_tokens', W2V_WORKDIR=str(folder)).argument('objective')
+  assert found['decorrelate'] is fits[0].decorrelate is shipped.decorrelate is True
+
+
 def test_an_unknown_probe_is_refused(tmp_path):
   with pytest.raises(ValueError, match="no probe 'bar', only tempo, meter"):
     layer_study.study(tmp_path, amounts=layer_study.Amounts(probes=('tempo', 'bar')))
