@@ -8,6 +8,8 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 from typing import Any
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
@@ -38,12 +40,19 @@ class Workers:
     return self
 
   def __exit__(self, *exception: object) -> None:
-    if self._executor is not None:
-      self._executor.shutdown(cancel_futures=True)
+    if self._executor is None:
+      return
+    if exception[0] is not None:  # nobody waits for what is at work: it ends as `_keep_until_told` says
+      for process in list((self._executor._processes or {}).values()):
+        process.terminate()
+    self._executor.shutdown(cancel_futures=True)
 
   def map(self, function: Callable[[Any], Any], tasks: Sequence[Any], progress: Progress | None = None,
-          what: str = '') -> Iterator[Any]:
+          what: str = '', *, together: int = 1) -> Iterator[Any]:
     """The results in the order of the tasks. `function` is one of a module, so that processes can find it.
+
+    Args:
+      together: how many tasks at most a process is given at a time, where they are short and many.
 
     Raises what `function` raises, and `WorkerLost`.
     """
@@ -54,8 +63,8 @@ class Workers:
         # "spawn": a process that forks while JAX or TensorFlow has threads can hang.
         self._executor = concurrent.futures.ProcessPoolExecutor(
             min(self._count, len(tasks)), mp_context=multiprocessing.get_context('spawn'),
-            initializer=keep_context, initargs=self._context)
-      chunk = max(1, min(16, len(tasks) // (4 * self._count)))
+            initializer=_keep_until_told, initargs=self._context)
+      chunk = max(1, min(together, len(tasks) // (4 * self._count)))
       results = self._executor.map(functools.partial(with_context, function), tasks, chunksize=chunk)
     try:
       for done, result in enumerate(results, 1):
@@ -66,16 +75,43 @@ class Workers:
       raise WorkerLost('shares the work', 'with fewer --workers where it has them') from None
 
 
-_context: tuple[Any, ...] = ()  # of a worker process
+# Of a worker process.
+_context: tuple[Any, ...] = ()
+_ending = False
 
 
 def keep_context(*context: Any) -> None:
-  """Initializes a worker process."""
+  """Initializes a worker process, which ends with its parent, however that ends.
+
+  It holds both ends of the queue of tasks, and would wait there for ever.
+  """
   global _context
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent decides what ends when
+  for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and a cluster send them to all; the parent decides
+    signal.signal(number, signal.SIG_IGN)
+  if (parent := multiprocessing.parent_process()) is not None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
   _context = context
+
+
+def _keep_until_told(*context: Any) -> None:
+  """As `keep_context`; on SIGTERM the task at work ends by an exception, so that it cleans up, and no other begins."""
+  keep_context(*context)
+  signal.signal(signal.SIGTERM, _end)
+
+
+def _end(*_: object) -> None:
+  global _ending
+  _ending = True
+  sys.exit(1)
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+  parent.join()
+  os._exit(1)  # what is written is written beside its place and renamed
 
 
 def with_context(function: Callable[..., Any], *arguments: Any) -> Any:
   """Calls `function`, in a worker process, with what that process was given at its start."""
+  if _ending:
+    sys.exit(1)
   return function(*_context, *arguments)

@@ -1,4 +1,5 @@
 """Prefetching: order, errors, ends, and how long the consumer waited."""
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -112,6 +113,52 @@ def add(context, task):
 def test_workers_know_their_context(count):
   with Workers(count, 10) as pool:
     assert list(pool.map(add, [1, 2, 3])) == [11, 12, 13]
+
+
+def linger(context, task):
+  path = context / str(task)
+  path.write_text(str(os.getpid()))
+  try:
+    time.sleep(60)
+  finally:
+    path.write_text('cleaned up')
+
+
+def fail(context, task):
+  if task:
+    return linger(context, task)
+  while not (context / '1').exists():
+    time.sleep(0.05)
+  raise ValueError('the first one')
+
+
+def test_what_is_at_work_ends_when_the_work_fails(tmp_path):
+  began = time.monotonic()
+  with pytest.raises(ValueError, match='the first one'), Workers(2, tmp_path) as pool:
+    list(pool.map(fail, range(40)))
+  assert time.monotonic() - began < 30
+  assert {path.read_text() for path in tmp_path.iterdir()} == {'cleaned up'}
+
+
+def _share(folder):
+  with Workers(2, folder) as pool:
+    list(pool.map(linger, [1, 2]))
+
+
+@pytest.mark.parametrize('how', ['terminate', 'kill'])
+def test_workers_end_with_a_parent_that_is_killed(tmp_path, how):
+  parent = multiprocessing.get_context('spawn').Process(target=_share, args=(tmp_path,))
+  parent.start()
+  pids: list[int] = []
+  while len(pids) < 2:
+    time.sleep(0.1)
+    pids = [int(text) for path in tmp_path.iterdir() if (text := path.read_text())]
+  getattr(parent, how)()
+  parent.join()
+  deadline = time.monotonic() + 20
+  while any(os.path.exists(f'/proc/{pid}') for pid in pids):
+    assert time.monotonic() < deadline, 'they wait for tasks that nobody will send'
+    time.sleep(0.1)
 
 
 def test_a_lost_worker_is_one_clear_error():
