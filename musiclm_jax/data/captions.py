@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 from typing import Any
+import unicodedata
 
 # The description of a recording is in the first of these that a file has; `--caption_column` names another.
 CAPTION_COLUMNS = ('caption', 'text')
@@ -41,16 +42,25 @@ class Captions:
 
 
 def read_table(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Rows of a .jsonl, .json (a list), .csv or .tsv file. Raises ValueError naming the file and the line."""
+  """Rows of a .jsonl, .json (a list), .csv or .tsv file. Raises ValueError naming the file and the line.
+
+  A row of a table with more cells than the header has those under None.
+  """
   path = pathlib.Path(path)
   try:
     content = path.read_text(encoding='utf-8-sig')
   except UnicodeDecodeError as error:
     raise ValueError(f'{path} is not UTF-8 text: {error}') from None
+  rows: list[dict[str, Any]] = []
   if path.suffix.lower() in ('.csv', '.tsv'):
     delimiter = '\t' if path.suffix.lower() == '.tsv' else ','
-    return list(csv.DictReader(io.StringIO(content, newline=''), delimiter=delimiter))
-  rows = []
+    try:
+      for row in csv.DictReader(io.StringIO(content, newline=''), delimiter=delimiter, strict=True):
+        rows.append(row)
+    except csv.Error as error:  # a quote that nothing closes takes in all that follows
+      raise ValueError(f'{path}, row {len(rows) + 1}, is not one of a table ({error}): is a quote (") not closed? One '
+                       'inside of a text is written twice') from None
+    return rows
   try:
     if content.lstrip().startswith('['):
       rows = json.loads(content)
@@ -71,21 +81,24 @@ def _words(value: Any) -> str:
   """A cell as text: a list of tags is joined by commas."""
   if isinstance(value, (list, tuple)):
     return ', '.join(_words(v) for v in value if v is not None)
-  return '' if value is None else ' '.join(str(value).split())
+  # JSON may have half of a surrogate pair, which is no character.
+  return '' if value is None else ' '.join(str(value).encode('utf-8', 'replace').decode().split())
 
 
 class Matcher:
   """Finds the recordings of a folder by the names that other files give them.
 
   A name is the whole relative name, or a longer path that ends with it; else its last part, where only one recording
-  has that; with or without the extension.
+  has that; with or without the extension, and in any normal form of Unicode.
   """
 
   def __init__(self, names: Iterable[str]):
     self._names = set(names)
     self._lookup: dict[str, set[str]] = collections.defaultdict(set)
     for name in self._names:
-      for key in {name, name.rpartition('.')[0], name.rpartition('/')[2], name.rpartition('/')[2].rpartition('.')[0]}:
+      whole = _composed(name)
+      last = whole.rpartition('/')[2]
+      for key in {whole, whole.rpartition('.')[0], last, last.rpartition('.')[0]}:
         self._lookup[key].add(name)
 
   def __call__(self, given: str) -> str | None:
@@ -94,9 +107,13 @@ class Matcher:
       end = '/'.join(parts[first:])
       if end in self._names:
         return end
-      if len(found := self._lookup.get(end, ())) == 1:
+      if len(found := self._lookup.get(_composed(end), ())) == 1:
         return next(iter(found))
     return None
+
+
+def _composed(name: str) -> str:
+  return unicodedata.normalize('NFC', name)
 
 
 def row_texts(row: Mapping[str, Any], caption_column: str | None) -> tuple[dict[str, str], ...]:
@@ -155,6 +172,9 @@ def read_captions(path: str | os.PathLike, names: Iterable[str],
   unmatched = []
   for row in rows:
     file = str(row.get('file') or '')
+    if None in row:
+      raise ValueError(f'{path}: the row of {file!r} has more fields than the header: put quotes around a text with '
+                       'commas')
     if (name := match(file)) is not None:
       texts[name].extend(t for t in row_texts(row, caption_column) if t not in texts[name])
     else:
