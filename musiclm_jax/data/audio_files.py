@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import os
 import re
+import warnings
 
 import numpy as np
 import soundfile
@@ -25,6 +26,7 @@ NOT_SUPPORTED = 'format not supported'  # why those are skipped
 SILENCE = 1e-4  # peak under -80 dBFS
 _BLOCK = 1 << 17  # samples read at a time
 _RATES = (1_000, 768_000)
+_UNKNOWN_LENGTH = (1 << 63) - 1  # what libsndfile says of a stream whose header was written before its end was known
 _LIMIT = 64.0  # samples beyond this are not a loud recording but another scale
 # Encoders round a length up to whole frames and decoders trim it again.
 _MP3_SLACK = 4 * 1152
@@ -78,14 +80,28 @@ class AudioInfo:
 def walk(audio_dir: str | os.PathLike) -> tuple[list[tuple[str, bytes]], list[str]]:
   """(name, path) of the audio files below, sorted, and the names of files in formats that cannot be read.
 
-  Paths are bytes, because a name need not be valid UTF-8; names are text for records and reports.
+  Paths are bytes, because a name need not be valid UTF-8; names are text for records and reports. Links to folders
+  elsewhere are followed; of folders that cannot be opened there is a warning.
   """
   root = os.fsencode(audio_dir)
   if not os.path.isdir(root):
     raise FileNotFoundError(f'{audio_dir} is not a folder')
   files, unsupported = [], []
-  for folder, folders, names in os.walk(root):
-    folders[:] = [f for f in folders if not f.startswith(b'.')]
+  seen = {os.path.realpath(root)}
+
+  def enters(path: bytes) -> bool:
+    if not os.path.islink(path):
+      return True
+    place = os.path.realpath(path)
+    inside = any(os.path.commonpath([place, other]) in (place, other) for other in seen)
+    seen.add(place)
+    return not inside  # what lies in a folder that is visited has its name there
+
+  def missed(error: OSError) -> None:
+    warnings.warn(f'{os.fsdecode(error.filename)}: {error.strerror}; it is left out', stacklevel=1)
+
+  for folder, folders, names in os.walk(root, onerror=missed, followlinks=True):
+    folders[:] = [f for f in sorted(folders) if not f.startswith(b'.') and enters(os.path.join(folder, f))]
     for file in names:
       path = os.path.join(folder, file)
       relative = os.path.relpath(path, root).replace(os.fsencode(os.sep), b'/')
@@ -108,7 +124,7 @@ def sort_out(files: Sequence[tuple[str, bytes]], unsupported: Sequence[str], min
   if unsupported:
     skipped[NOT_SUPPORTED] += unsupported
   tasks = [(path, min_seconds, channels) for _, path in files]
-  checks = (workers or Workers(1)).map(_checked, tasks, progress, 'files checked')
+  checks = (workers or Workers(1)).map(_checked, tasks, progress, 'files checked', together=16)
   usable = []
   for (name, path), (info, reason) in zip(files, checks):
     if info is None:
@@ -170,6 +186,8 @@ def _blocks(path: str | os.PathLike, channels: int) -> Iterator[tuple[np.ndarray
   """Yields (float32 [n] or [n, C], sample rate, channels of the file); AudioFault where the file is at fault."""
   with _open(path) as file:
     rate, expected = file.samplerate, file.frames
+    if expected == _UNKNOWN_LENGTH:
+      expected, file.seekable = 0, lambda: False  # else soundfile seeks behind what it has read, which fails
     if _promises_more(file.extra_info):
       raise AudioFault('truncated', 'the header promises more samples than the file holds')
     if file.format == 'OGG' and not _ogg_ends(path):

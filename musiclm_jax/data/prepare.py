@@ -58,9 +58,10 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
 
   Recordings become 16-bit clips of at most `segment_seconds`. Titles, artists, licences, captions and tags come
   from `manifest.jsonl` files in the folder, where there are any; a `captions` file replaces their captions and
-  tags (it may be such a manifest itself). The split is by artist, where known, else by recording, and stays the
-  same for a recording when others are added. Files that cannot be used, and copies of others, are left out and
-  counted by reason in the manifest. Does nothing where the set is already there.
+  tags (it may be such a manifest itself). The split is by a hash of the artist, where known, else of the
+  recording: in a collection of many it stays the same for a recording when others are added. Files that cannot be
+  used, and copies of others, are left out and counted by reason in the manifest. Does nothing where the
+  set is already there.
 
   Args:
     captions: CSV, TSV or JSON lines with the columns `file` and `caption`, `text` or `caption_column`.
@@ -90,7 +91,7 @@ def prepare_folder(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, 
   facts = captions_lib.folder_facts(audio_dir, names)
   header = records.Header('audio', records.audio_streams(sample_rate, channels), {
       'made from': 'folder', 'files': len(files),
-      'content': source.digest([(n, os.path.getsize(p)) for n, p in files]),
+      'content': source.digest([(n, _size(p)) for n, p in files]),
       'texts': source.digest([sorted((n, dataclasses.asdict(f)) for n, f in facts.items()),
                               texts and sorted(texts.texts.items())]),
       'segment_seconds': segment_seconds, 'min_seconds': min_seconds, 'held_out_share': held_out_share,
@@ -151,6 +152,13 @@ def prepare_composer(size: str | int, output_dir: str | os.PathLike, *, seed: in
   return records.finish(output_dir, header, counts)
 
 
+def _size(path: bytes) -> int:
+  try:
+    return os.path.getsize(path)
+  except OSError:  # a link to nothing, say: it is counted as unreadable later
+    return -1
+
+
 def _already(output_dir: str | os.PathLike, header: records.Header) -> records.Manifest | None:
   """The finished set that is there; ValueError where it, or what there is of it, was made with other settings."""
   if other := records.difference(output_dir, header):
@@ -171,13 +179,18 @@ def _with_texts(facts: captions_lib.Facts, texts: captions_lib.Captions | None,
 
 
 def _without_copies(recordings: Iterable[Recording], skipped: dict[str, list[str]]) -> list[Recording]:
-  """Leaves out files with the bytes of another one: a copy on the other side of the split would be a leak."""
+  """Leaves out files with the bytes of another one: a copy on the other side of the split would be a leak.
+
+  What is known of one is known of the other.
+  """
   seen: dict[str, Recording] = {}
   for recording in recordings:
-    if recording.info.sha256 in seen:
+    if (first := seen.setdefault(recording.info.sha256, recording)) is not recording:
       skipped['copy of another file'].append(recording.name)
-    else:
-      seen[recording.info.sha256] = recording
+      a, b = first.facts, recording.facts
+      facts = captions_lib.Facts(a.artist or b.artist, {**b.source, **a.source},
+                                 (*a.texts, *(text for text in b.texts if text not in a.texts)))
+      seen[recording.info.sha256] = dataclasses.replace(first, facts=facts)
   return list(seen.values())
 
 

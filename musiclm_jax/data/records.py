@@ -83,6 +83,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
   path = pathlib.Path(path)
   if not path.parent.is_dir():
     raise FileNotFoundError(f'there is no folder {os.fspath(path.parent)!r}')
+  if path.is_dir():
+    raise IsADirectoryError(f'{path} is a folder; name a file')
   temporary = _temporary(path)
   try:
     with open(temporary, 'wb+') as file:
@@ -126,7 +128,8 @@ def write_shard(directory: str | os.PathLike, split: str, index: int, count: int
     left_out: counts, by reason, what `examples` did not yield; it is read after the last example.
     made_with: what `provenance.made_with` found. It is kept beside the shard and changes nothing about its identity.
 
-  Raises: ValueError where an example does not have the shapes or the range that `header` says.
+  Raises: ValueError where an example does not have the shapes or the range that `header` says, OSError where the disk
+    takes no more.
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
@@ -137,14 +140,18 @@ def write_shard(directory: str | os.PathLike, split: str, index: int, count: int
   writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS[header.kind])
   try:
     for example in examples:
-      writer.write(encode(example, header))
+      content = encode(example, header)
+      with _disk(path):
+        writer.write(content)
       seconds.append(seconds_of(example, header))
       kinds.append(text_kinds_of(example))
       licences[example.get('source', {}).get('licence') or 'not stated'] += 1
-    writer.close()
-  except BaseException:
-    if writer.is_open():
+    with _disk(path):
       writer.close()
+  except BaseException:
+    with contextlib.suppress(RuntimeError):
+      if writer.is_open():
+        writer.close()
     temporary.unlink(missing_ok=True)
     raise
   with open(temporary, 'rb') as file:
@@ -160,6 +167,15 @@ def write_shard(directory: str | os.PathLike, split: str, index: int, count: int
       # Most records have the same kinds of text, so each is a number in a short list.
       'text_kind_sets': kind_sets, 'record_text_kinds': [kind_sets.index(k) for k in kinds]}).encode())
   return shard
+
+
+@contextlib.contextmanager
+def _disk(path: pathlib.Path) -> Iterator[None]:
+  """What ArrayRecord says where it cannot write, as OSError."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(f'{path} cannot be written ({str(error).splitlines()[0][:200]}); is the disk full?') from error
 
 
 def shard_done(directory: str | os.PathLike, split: str, index: int, count: int, header: Header) -> bool:

@@ -152,6 +152,15 @@ def test_a_header_that_does_not_know_its_length_is_no_fault(tmp_path):
   content[at:at + 4] = b'\xff\xff\xff\xff'
   path.write_bytes(content)
   assert audio_files.check(path).seconds == 2.0
+  path = write(tmp_path / 'piped.flac', tone())
+  content = bytearray(path.read_bytes())
+  at = content.index(b'fLaC') + 8 + 13  # the last four bits before the low word of the count, then that word
+  content[at] &= 0xf0
+  content[at + 1:at + 5] = bytes(4)
+  path.write_bytes(content)
+  assert soundfile.info(path).frames > 1 << 60
+  assert audio_files.check(path).seconds == 2.0
+  assert signal_to_noise(audio_files.read(path), tone()) > 80
 
 
 def test_names_need_not_be_unicode(tmp_path):

@@ -253,7 +253,39 @@ def test_captions_are_matched_and_the_rest_is_reported(music, tmp_path):
                    'c/song2.ogg': ['Three.']}
 
 
+def test_links_and_unreadable_places_in_a_folder(music, tmp_path):
+  elsewhere = tmp_path / 'elsewhere'
+  song(elsewhere, 'album/far.wav')
+  (music / 'linked').symlink_to(elsewhere)
+  (music / 'a' / 'again').symlink_to(music / 'b')
+  (music / 'loop').symlink_to(tmp_path)
+  (music / 'gone.wav').symlink_to('/nowhere')
+  manifest = prepared(music, tmp_path / 'out')
+  names = set(by_recording(tmp_path / 'out'))
+  assert 'linked/album/far.wav' in names and len(names) == 13
+  assert manifest.skipped['unreadable'] == {'count': 1, 'files': ['gone.wav']}
+
+
+def test_what_is_known_of_a_copy_is_known_of_what_is_kept(tmp_path):
+  folder = tmp_path / 'music'
+  first = song(folder, 'a.wav')
+  (folder / 'b.wav').write_bytes(first.read_bytes())
+  table = tmp_path / 'captions.csv'
+  table.write_text('file,caption\nb.wav,slow piano\n')
+  with pytest.warns(UserWarning, match='cannot be split'):
+    prepared(folder, tmp_path / 'out', captions=table)
+  (example,) = examples(tmp_path / 'out')
+  assert example['recording'] == 'a.wav' and [t['text'] for t in example['texts']] == ['slow piano']
+
+
 NAMES = ['a/one.wav', 'b/one.flac', 'b/two.wav']
+
+
+def test_names_match_in_any_form_of_unicode(tmp_path):
+  composed, apart = 'Beyonc\u00e9.mp3', 'Beyonce\u0301.mp3'
+  for there, given in ((apart, composed), (composed, apart)):
+    assert captions.Matcher([there])(given) == there
+  assert captions.Matcher([composed, apart])(apart) == apart
 
 
 def test_ambiguous_names_are_not_guessed(tmp_path):
@@ -267,6 +299,9 @@ def test_ambiguous_names_are_not_guessed(tmp_path):
     ('file,description\ntwo,y\n', None, 'it has file, description. Name the column of .* --caption_column'),
     ('file,caption\ntwo,y\n', 'words', "needs the columns \"file\" and 'words'; it has file, caption"),
     ('', None, 'it has no rows'),
+    ('file,caption\ntwo.wav,slow piano, minor key\n', None, "the row of 'two.wav' has more fields .* put quotes"),
+    ('file,caption\ntwo.wav,"slow piano\na/one.wav,x\n', None, 'c.csv, row 1, is not one of a table .*not closed'),
+    ('file,caption\ntwo.wav,"' + 'long ' * 40_000, None, 'row 1, is not one of a table .*not closed'),
     ('file,caption\nthree.wav,x\n', None, 'none of the 1 rows .* names three.wav, the folder has a/one.wav')])
 def test_caption_files_that_do_not_fit(tmp_path, content, column, message):
   path = tmp_path / 'c.csv'
@@ -280,6 +315,8 @@ def test_caption_files_that_cannot_be_read(tmp_path):
   path.write_text('{"file": "two.wav", "caption": "a line\u2028separator"}\n{"file": \n')
   with pytest.raises(ValueError, match=r'c.jsonl, line 2, is not JSON'):
     captions.read_captions(path, NAMES)
+  path.write_text('{"file": "two.wav", "caption": "half a \\ud83d pair"}')
+  assert captions.read_captions(path, NAMES).texts['b/two.wav'][0]['text'] == 'half a ? pair'
   path.write_bytes(b'\xff\xfe')
   with pytest.raises(ValueError, match='is not UTF-8 text'):
     captions.read_captions(path, NAMES)

@@ -2,6 +2,8 @@
 import json
 import os
 import pickle
+import resource
+import signal
 import threading
 
 from hypothesis import given, settings, strategies as st
@@ -283,6 +285,32 @@ def test_a_write_that_dies_leaves_the_shard_that_was_there(audio_set):
   with pytest.raises(RuntimeError, match='no more'):
     records.write_shard(audio_set, 'train', 1, 3, broken(), AUDIO)
   assert {p.name: p.read_bytes() for p in audio_set.iterdir()} == before
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_nothing_stays(tmp_path):
+  def limited():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+      records.write_shard(tmp_path, 'train', 0, 1, (clip(i) for i in range(200)), AUDIO)
+    except OSError as error:
+      assert 'cannot be written' in str(error) and 'is the disk full' in str(error)
+      os._exit(0)
+    os._exit(1)
+
+  child = os.fork()
+  if not child:
+    try:
+      limited()
+    finally:
+      os._exit(2)
+  assert os.waitpid(child, 0)[1] == 0 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_not_written_over(tmp_path):
+  with pytest.raises(IsADirectoryError, match='is a folder; name a file'), records.replacing(tmp_path):
+    pass
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_rewriting_that_dies_is_an_unfinished_set_that_can_be_finished(audio_set):
