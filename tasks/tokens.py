@@ -14,11 +14,13 @@ def register(name: str, record_dir: str, token_specs: Sequence[specs.TokenSpec] 
   """Tokens that `musiclm extract` wrote: one feature a stream, int32 [frames, levels], each with its
   vocabulary.
 
-  Raises: ValueError where a stream of `token_specs` is not recorded, or has another codebook or frame rate.
+  Raises: ValueError where a stream of `token_specs` is not recorded, has another codebook or frame rate, or fewer
+    levels.
   """
   held = records.read_manifest(record_dir).header.streams
   for feature, wanted in records.token_streams(token_specs).items():
-    if held.get(feature) != wanted:
+    there = held.get(feature)
+    if not there or {**there, 'levels': wanted['levels']} != wanted or there['levels'] < wanted['levels']:
       raise ValueError(f'{record_dir} records {feature!r} as {held.get(feature)}, the specification is '
                        f'{wanted}')
   return seqio_source.add_task(name, record_dir, kind='tokens', preprocessors=preprocessors)

@@ -489,8 +489,15 @@ class TokenBatches(Batches):
   def _usable(self, corpus: source.Corpus) -> np.ndarray | None:
     seconds = getattr(corpus, 'durations', None)
     if seconds is not None:
-      needed = max((s.frames / s.frame_rate for s in self._streams.values() if s.frame_rate), default=0.0)
-      return np.asarray(seconds) >= needed - 1e-6
+      timed = [s for s in self._streams.values() if s.frame_rate]
+      needed = max((s.frames / s.frame_rate for s in timed), default=0.0)
+      slack = max((1 / s.frame_rate for s in timed), default=0.0)
+      usable = np.asarray(seconds) >= needed - 1e-6
+      # The seconds are those of whole frames of the slowest stream; others may reach further.
+      unclear = np.flatnonzero(~usable & (np.asarray(seconds) > needed - slack))
+      for i in unclear[:_SCAN_LIMIT]:
+        usable[i] = self._starts(corpus[int(i)]) > 0
+      return usable
     if len(corpus) > _SCAN_LIMIT:
       return None
     return np.fromiter((self._starts(corpus[i]) > 0 for i in range(len(corpus))), bool, len(corpus))

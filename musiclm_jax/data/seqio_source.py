@@ -58,7 +58,7 @@ from musiclm_jax.data import records, source  # noqa: E402
 SIDE_FEATURES = {
     'texts': tf.TensorSpec([None], tf.string), 'text_kinds': tf.TensorSpec([None], tf.string),
     'facts': tf.TensorSpec([], tf.string), 'slot_seed': tf.TensorSpec([], tf.int64)}
-_TIMEOUT = 120.0  # seconds without an example after which the preprocessors are taken to hold it back
+_TIMEOUT = 120.0  # seconds for a batch, after which the preprocessors are taken to hold examples back
 Preprocessor = Callable[[tf.data.Dataset], tf.data.Dataset]
 
 

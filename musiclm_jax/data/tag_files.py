@@ -126,7 +126,7 @@ def _magnatagatune(path: pathlib.Path, text: str):
     if name[:1] in _MTAT_FIT:
       fit.add(name)
     values = {tag: row.get(tag) for tag in tags}
-    if bad := next((v for v in values.values() if v not in ('0', '1')), None):
+    if (bad := next((v for v in values.values() if v not in ('0', '1')), None)) is not None:
       raise ValueError(f'{path}: {name} has {bad!r} where 0 or 1 is wanted')
     found.append((name, [tag for tag, value in values.items() if value == '1']))
   return 'magnatagatune', found, fit

@@ -70,7 +70,8 @@ class Tokenizer:
       sentencepiece.SentencePieceTrainer.train(
           sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size, model_type='unigram',
           byte_fallback=True, hard_vocab_limit=False, character_coverage=1.0, num_threads=1,
-          split_digits=True, shuffle_input_sentence=False, normalization_rule_name='nmt_nfkc_cf',
+          split_digits=True, max_sentence_length=1 + max(len(s.encode()) for s in sentences),
+          shuffle_input_sentence=False, normalization_rule_name='nmt_nfkc_cf',
           pad_id=PAD_ID, unk_id=1, bos_id=-1, eos_id=-1, minloglevel=2)
     except RuntimeError as error:
       reason = str(error).rpartition('] ')[2] or str(error)

@@ -1,5 +1,6 @@
 """Crops and batches: alignment, padding, texts, hosts, orders, and errors at construction."""
 import collections
+import dataclasses
 
 from hypothesis import given, settings, strategies as st
 import numpy as np
@@ -325,6 +326,14 @@ def test_clips_shorter_than_the_crop_are_counted(tmp_path, recorded):
   with pytest.warns(UserWarning, match='2 of 5 clips .* left out'):
     stream = batches.TokenBatches(corpus, stage=COARSE, batch_size=3, unusable='drop')
   assert sorted(stream(0)['mulan'][:, 0, 0]) == [0, 1, 4]
+
+
+def test_a_crop_of_part_of_the_slowest_frame_is_taken_where_it_fits(tmp_path):
+  stage = dataclasses.replace(COARSE, seconds=1.5)  # 37 whole semantic frames and 75 acoustic ones
+  corpus = token_set(tmp_path, [1.5, 1.48])  # the set says 1.48 s of both
+  with pytest.warns(UserWarning, match='1 of 2 clips'):
+    stream = batches.TokenBatches(corpus, stage=stage, batch_size=1, unusable='drop')
+  assert stream(0)['acoustic'].shape[1] == 75 and stream(0)['mulan'][0, 0, 0] == 0
 
 
 def test_a_record_set_must_have_the_streams_of_the_stage(tmp_path):
