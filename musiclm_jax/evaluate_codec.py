@@ -185,7 +185,7 @@ def _clips(recordings: Sequence[_Recording], samples: int, config: SoundStreamCo
         break
       left -= len(clip)
       # Silence, or direct current: there is no sound to compare.
-      if np.std(clip) >= audio_files.SILENCE:
+      if np.std(clip, axis=0).max() >= audio_files.SILENCE:
         count += 1
         yield clip, number, other
     if not count:
@@ -227,13 +227,17 @@ class _Measured:
 
   def add(self, batch: _Batch) -> None:
     audio_BxN, levels, channels = batch.audio_BxN, self.spec.levels, self.config.channels
-    # Every channel is a clip, and a clip has the mean over its channels.
+    # Every channel is a clip, and a clip has the mean over those of its channels that sound.
     apart = lambda x: np.moveaxis(x.reshape(*x.shape[:2], channels), 2, 1).reshape(-1, x.shape[1])
+    samples_R = np.repeat(batch.samples_B, channels)
+    deviations_R = [np.std(clip_N[:n]) for clip_N, n in zip(apart(audio_BxN), samples_R)]
+    sounds_BxC = (np.array(deviations_R) >= audio_files.SILENCE).reshape(-1, channels)
 
     def compare(system: str, estimate_BxN: np.ndarray) -> None:
-      found = audio_measures.distances(apart(audio_BxN), apart(estimate_BxN), np.repeat(batch.samples_B, channels),
+      found = audio_measures.distances(apart(audio_BxN), apart(estimate_BxN), samples_R,
                                        sample_rate=self.config.sample_rate)
-      self._found[system].append(audio_measures.Distances(*(x.reshape(-1, channels).mean(axis=1) for x in found)))
+      self._found[system].append(audio_measures.Distances(
+          *(x.reshape(-1, channels).mean(axis=1, where=sounds_BxC) for x in found)))
 
     codes_BxFxQ = self._codec.encode(audio_BxN)
     for q in range(1, levels + 1):

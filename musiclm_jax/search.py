@@ -87,6 +87,8 @@ def search(mulan: str | os.PathLike, audio_dir: str | os.PathLike, query: str, *
   engine = _Engine(loaded)
   text_E = engine.embed_text(query)
   path = pathlib.Path(index) if index else _place(checkpoint.run_in(mulan, 'mulan'), audio_dir, loaded.content_hash)
+  if not path.parent.is_dir():
+    raise FileNotFoundError(f'{path}: there is no folder {str(path.parent)!r}')
   kept = _Index.read(path, loaded.content_hash)
   return _updated(kept, engine, audio_dir, path, progress).best(text_E, top)
 

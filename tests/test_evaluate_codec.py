@@ -4,7 +4,9 @@ from __future__ import annotations
 import csv
 import json
 import tracemalloc
+import types
 
+from flax import nnx
 import numpy as np
 import pytest
 import soundfile
@@ -14,7 +16,7 @@ from musiclm_jax import main, transcode
 from musiclm_jax.data import composer
 from musiclm_jax.evaluation import audio_measures, opus
 from musiclm_jax.training import state as states
-from tests.trainings import make_codec
+from tests.trainings import experiment, make_codec
 
 
 @pytest.fixture(scope='module')
@@ -79,6 +81,21 @@ def test_a_clip_that_ends_early_is_measured_without_its_padding(run, folder, tmp
   row = [row for row in result.rows if row.system == 'codec'][-1]
   np.testing.assert_allclose([row.si_sdr_db, row.mel_distance, row.log_spectral_distance_db], np.mean(found, axis=0),
                              atol=2e-3)
+
+
+def test_a_channel_without_sound_is_left_out(tmp_path, monkeypatch):
+  without_opus(monkeypatch)
+  objective = experiment('codec', CODEC_CHANNELS=2).argument('objective')
+  loaded = types.SimpleNamespace(objective=objective, model=objective.model(nnx.Rngs(0)), content_hash='x', step=0)
+  monkeypatch.setattr(transcode, 'load', lambda _: loaded)
+  folder = tmp_path / 'music'
+  folder.mkdir()
+  for name in 'ab':
+    left = music(ord(name), 2.0)
+    soundfile.write(folder / f'{name}.wav', np.stack([left, 0 * left], axis=1), 24000, subtype='FLOAT')
+  rows = evaluation.evaluate_codec('stereo', folder, tmp_path / 'out').rows
+  assert all(np.isfinite([row.si_sdr_db, *row.si_sdr_db_interval, row.mel_distance]).all() for row in rows)
+  assert next(row for row in rows if row.system == 'identity').si_sdr_db > 60
 
 
 def test_what_stands_beside_the_codec(run, folder, tmp_path):
