@@ -24,7 +24,7 @@ from musiclm_jax.export.weights import Network
 from musiclm_jax.serving import bundle as serving
 from musiclm_jax.serving.bundle import Bundle, BundleSpecs
 from musiclm_jax.serving.bundle_format import (
-    CARD, described, Files, function_file, Manifest, MANIFEST, SPECS, VOCABULARY, WEIGHT_KINDS, weights_file)
+    CARD, described, Files, function_file, is_name, Manifest, MANIFEST, SPECS, VOCABULARY, WEIGHT_KINDS, weights_file)
 from musiclm_jax.text.tokenizer import Tokenizer
 from musiclm_jax.training.checkpoint import Loaded
 
@@ -51,20 +51,22 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, licence: st
     licence: of the weights.
     weights: one of `WEIGHT_KINDS`.
     records: record sets that the networks were trained on; those that a quickstart leaves in its workdir by default.
-    replace: whether another bundle in `output` makes way. Nothing but a bundle does.
+    replace: whether another bundle in `output` makes way, and one whose manifest is damaged. Nothing but a bundle
+      does. One of the same networks with damaged files always does.
 
   Raises ValueError where the model card would have empty fields, the networks do not belong together, or `output`
   holds something else.
   """
-  output = pathlib.Path(os.path.abspath(output))
-  there = _there(output)
+  output = pathlib.Path(os.path.realpath(output))
+  there = _there(output, damaged=replace)
   ready = _ready(workdir, licence, weights, records)
   lineage = {name: loaded.content_hash for name, (loaded, _) in ready.networks.items()}
-  same = there is not None and (there.licence, there.weights, there.lineage, there.made_with) == (
-      licence, weights, lineage, ready.made_with) and described(ready.files).items() <= there.files.items()
-  if same:
-    return Written(output, _size(there), fresh=False)
-  if there is not None and not replace:
+  known = there and there.manifest
+  same = known is not None and (known.licence, known.weights, known.lineage, known.made_with) == (
+      licence, weights, lineage, ready.made_with) and described(ready.files).items() <= known.files.items()
+  if same and _intact(there):
+    return Written(output, _size(known), fresh=False)
+  if known is not None and not (same or replace):
     raise ValueError(f'{output} holds a bundle of other networks, or exported otherwise: name another output, or give '
                      '--replace')
   with _beside(output) as place:
@@ -85,7 +87,7 @@ def export_savedmodel(workdir: str | os.PathLike, output: str | os.PathLike, *, 
 
   Raises ValueError, as `export` does, and where there is anything in `output`.
   """
-  output = pathlib.Path(os.path.abspath(output))
+  output = pathlib.Path(os.path.realpath(output))
   if _there(output) is not None:
     raise ValueError(f'{output} holds a bundle: name another output')
   ready = _ready(workdir, licence, weights, records)
@@ -168,8 +170,8 @@ def _exported(name: str, loaded: Loaded, functions_of: FunctionsOf, kind: str
   return files | {weights_file(name): safetensors.numpy.save(arrays)}
 
 
-def _there(output: pathlib.Path) -> Manifest | None:
-  """The manifest of the bundle in `output`; None where there is nothing.
+def _there(output: pathlib.Path, damaged: bool = False) -> Files | None:
+  """The bundle in `output`; None where there is nothing, or, with `damaged`, a bundle that cannot be read.
 
   Raises ValueError where there is something else, or nothing can be written.
   """
@@ -180,9 +182,23 @@ def _there(output: pathlib.Path) -> Manifest | None:
   if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
     return None
   try:
-    return Files(output).manifest
-  except (ValueError, FileNotFoundError):
-    raise ValueError(f'{output} holds something that is not a bundle: name another output') from None
+    return Files(output)
+  except (ValueError, FileNotFoundError) as error:
+    names = [path.relative_to(output).as_posix() for path in output.rglob('*') if not path.is_dir()]
+    if not output.is_dir() or MANIFEST not in names or not all(map(is_name, names)):
+      raise ValueError(f'{output} holds something that is not a bundle: name another output') from None
+    if damaged:
+      return None
+    raise ValueError(f'{error}; --replace does so in its place') from None
+
+
+def _intact(there: Files) -> bool:
+  try:
+    for name in there.manifest.files:
+      there.read(name)
+  except (OSError, ValueError):
+    return False
+  return True
 
 
 def _size(manifest: Manifest) -> int:

@@ -73,6 +73,8 @@ class Bundle:
       self.tokenizer = Tokenizer(bytes(files.read(VOCABULARY)))
       self.sampling = _read_sampling(files.manifest.defaults)
       found = _read_specs(files.read(SPECS))
+      if self.sampling.keys() != found.stages.keys():
+        raise ValueError(f'the defaults in its {MANIFEST} are not those of the stages in its {SPECS}; do not use it')
       self._read_networks(files, found)
     self._text_length = found.text_length
     self.stages, self.codec_spec = found.stages, found.codec_spec
@@ -179,6 +181,10 @@ def _read_specs(content: bytearray) -> BundleSpecs:
     found = specs.from_json(content.decode(), kinds=(BundleSpecs, Stage, TokenSpec))
     assert isinstance(found, BundleSpecs)
     assert all(isinstance(stage, Stage) and len(stage.streams) for stage in found.stages.values())
+    assert isinstance(found.codec_spec, TokenSpec)
+    sizes = [found.mulan_rate, found.mulan_window, found.mulan_hop, found.semantic_rate, found.text_length]
+    assert all(type(size) is int and size >= 0 for size in sizes) and (all(sizes[:3]) or not any(sizes[:3]))
+    assert all(type(size) is int and size > 0 for size in (found.sample_rate, found.channels))
     for name, levels in found.mulan_levels.items():
       assert type(levels) is int and 0 <= levels <= max(spec.levels for spec in found.stages[name].conditions)
   except Exception as error:  # of many kinds: the content may be anything

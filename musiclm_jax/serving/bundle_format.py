@@ -53,6 +53,11 @@ def _limit(name: str) -> int | None:
   return _WEIGHTS_LIMIT if _WEIGHTS.fullmatch(name) else None
 
 
+def is_name(name: str) -> bool:
+  """Whether a bundle may have a file of this name."""
+  return _limit(name) is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
   """What a bundle says of itself.

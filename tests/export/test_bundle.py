@@ -149,6 +149,16 @@ def test_nothing_is_overwritten_but_a_bundle_that_may_be(nano_cascade, nano_bund
   assert exporting.export(measured, other, licence='CC-BY-4.0', replace=True).fresh, 'the figures are new'
   assert '| codec: SI-SDR | 5.5 dB |' in Bundle(other).card
   assert os.listdir(tmp_path) == ['other'], 'nothing is left beside it'
+  codec, manifest = other / 'weights' / 'codec.safetensors', other / 'manifest.json'
+  codec.write_bytes(codec.read_bytes()[:-1])
+  assert exporting.export(measured, other, licence='CC-BY-4.0').fresh, 'what is damaged is mended'
+  manifest.write_bytes(manifest.read_bytes()[:-9])
+  with pytest.raises(ValueError, match='manifest.json is not .*--replace does so in its place'):
+    exporting.export(measured, other, licence='CC-BY-4.0')
+  link = tmp_path / 'link'
+  link.symlink_to(other)
+  assert exporting.export(measured, link, licence='CC-BY-4.0', replace=True).fresh and Bundle(link).card
+  assert sorted(os.listdir(tmp_path)) == ['link', 'other'] and link.is_symlink()
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine' / 'song.wav').write_text('precious')
   with pytest.raises(ValueError, match='not a bundle: name another output'):

@@ -134,6 +134,21 @@ def test_levels_that_no_stage_has_are_refused(bundle, levels):
   refused(bundle, 'specs.json cannot be read')
 
 
+@pytest.mark.parametrize('field, value', [
+    ('sample_rate', 'x'), ('sample_rate', 0), ('channels', 1.5), ('mulan_window', -1), ('mulan_rate', 0),
+    ('codec_spec', 3), ('text_length', None)])
+def test_sizes_that_nothing_has_are_refused(bundle, field, value):
+  document = json.loads((bundle / 'specs.json').read_text())
+  document['value'][field] = value
+  put(bundle, 'specs.json', json.dumps(document).encode())
+  refused(bundle, 'specs.json cannot be read')
+
+
+def test_defaults_of_other_stages_are_refused(bundle):
+  (bundle / MANIFEST).write_bytes(dataclasses.replace(manifest_of(bundle), defaults={}).to_bytes())
+  refused(bundle, 'the defaults in its manifest.json are not those of the stages')
+
+
 def test_a_huge_manifest_is_not_read(bundle):
   with open(bundle / MANIFEST, 'ab') as file:
     file.truncate(1 << 30)
