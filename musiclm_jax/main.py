@@ -81,6 +81,13 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
   return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+def _belongs(args: argparse.Namespace, owner: str, *names: str) -> None:
+  """UsageError where one of the named flags was given, which mean something with `owner` alone."""
+  for name in names:
+    if getattr(args, name) not in (None, False):
+      raise UsageError(f'--{name} belongs to {owner}')
+
+
 def _existing(path: str, what: str) -> str:
   if not os.path.exists(path):
     raise FileNotFoundError(f'{what}: there is nothing at {path!r}')
@@ -91,17 +98,18 @@ def prepare(args: argparse.Namespace) -> None:
   if bool(args.composer) == bool(args.audio_dir):
     raise UsageError('give either --audio_dir (your music) or --composer SIZE (the built-in music)')
   if args.composer:
-    if args.sample_rate or args.channels:
-      raise UsageError('--sample_rate and --channels belong to --audio_dir; the built-in music is mono at 24 kHz')
-    if args.captions:
-      raise UsageError('--captions belong to --audio_dir; the built-in music has its own')
+    _belongs(args, '--audio_dir; the built-in music is mono at 24 kHz and has its own texts', 'sample_rate', 'channels',
+             'captions', 'caption_column', 'min_seconds')
     run = _late('data.prepare', 'prepare_composer')
     made = run(args.composer, args.output_dir, progress=_progress, **_given(args, 'workers', 'seed'))
     print(made.summary())
     return
+  _belongs(args, '--composer; nothing is drawn for your own music', 'seed')
   _existing(args.audio_dir, '--audio_dir')
   if args.captions:
     _existing(args.captions, '--captions')
+  else:
+    _belongs(args, '--captions', 'caption_column')
   run = _late('data.prepare', 'prepare_folder')
   options = _given(args, 'captions', 'caption_column', 'min_seconds', 'sample_rate', 'channels', 'workers')
   print(run(args.audio_dir, args.output_dir, progress=_progress, **options).summary())
@@ -196,7 +204,13 @@ def _await(address: str, seconds: float) -> None:
 
 def _cluster(**variables: str) -> dict[str, int]:
   """Numbers that a launcher leaves in the environment, where it does."""
-  return {name: int(os.environ[variable]) for name, variable in variables.items() if variable in os.environ}
+  found = {}
+  for name, variable in variables.items():
+    if (text := os.environ.get(variable)) is not None:
+      if not text.isdecimal():
+        raise ValueError(f'the environment has {variable}={text!r}, which is no whole number')
+      found[name] = int(text)
+  return found
 
 
 def _start_logging() -> None:
@@ -246,6 +260,7 @@ def extract(args: argparse.Namespace) -> None:
 
 def data(args: argparse.Namespace) -> None:
   _existing(args.directory, args.action)
+  _belongs(args, *({'inspect': ('duplicates', 'threshold', 'remove')}.get(args.action, ('inspect', 'delete_damaged'))))
   if args.action == 'inspect':
     found = _late('data.inspection', 'inspect')(args.directory, progress=_progress)
     print(found.text())
@@ -319,7 +334,7 @@ def generate(args: argparse.Namespace) -> None:
   files, modes, pipeline = (
       importlib.import_module(f'musiclm_jax.generate.{m}') for m in ('files', 'modes', 'pipeline'))
   seed = modes.check_seed(args.seed or 0)
-  files.check(args.output)
+  files.check(args.output, sidecar=not args.no_sidecar)
   if args.bundle:
     networks = musiclm_jax.load(args.bundle)
   else:
@@ -337,6 +352,9 @@ def _request(args: argparse.Namespace) -> Any:
   texts, styles = args.prompt or [], args.style_audio or []
   ways = {'--prompt or --style_audio': bool(texts or styles), '--story': bool(args.story),
           '--unconditional': args.unconditional}
+  for flag in ('story', 'continue_audio', 'continue_at', 'infill_audio', 'gap', 'style_audio'):
+    if '' in (value if isinstance(value := getattr(args, flag), list) else [value]):
+      raise UsageError(f'--{flag} is empty')
   chosen = [name for name, given in ways.items() if given]
   of_a_clip = args.continue_audio or args.infill_audio
   if len(chosen) > 1 or not (chosen or of_a_clip):
@@ -349,6 +367,8 @@ def _request(args: argparse.Namespace) -> Any:
   for flag in ('continue_audio', 'story', 'seconds'):
     if args.infill_audio and getattr(args, flag):
       raise UsageError(f'--{flag} does not go with --infill_audio, which fills the gap and no more')
+  if args.infill_audio and args.unconditional:
+    raise UsageError('--infill_audio follows the clip where there is no prompt; --mulan_levels 0 follows nothing')
   if args.negative_prompt is not None and args.guidance == 1.0:
     raise UsageError('--negative_prompt needs --guidance G with G above 1: guidance is what leads away from it')
   weights = [1.0] * len(texts + styles) if args.weights is None else args.weights
@@ -390,8 +410,8 @@ def evaluate(args: argparse.Namespace) -> None:
   if args.max_seconds and args.workdir:
     raise UsageError('--max_seconds belongs to --audio_dir')
   of_texts = ('tags', 'tag_names', 'captions', 'caption_column')
-  if not args.mulan and (given := _given(args, *of_texts)):
-    raise UsageError(f'--{next(iter(given))} belongs to --mulan')
+  if not args.mulan:
+    _belongs(args, '--mulan', *of_texts)
   for flag, needs in (('tag_names', 'tags'), ('caption_column', 'captions')):
     if getattr(args, flag) and not getattr(args, needs):
       raise UsageError(f'--{flag} belongs to --{needs}')

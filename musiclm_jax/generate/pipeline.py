@@ -24,7 +24,7 @@ from musiclm_jax.generate.networks import Networks
 from musiclm_jax.generate.windows import Windows
 from musiclm_jax.token_lm.draw import Sampling
 
-MAX_SECONDS = 6 * 3600.0
+MIN_SECONDS, MAX_SECONDS = 0.01, 6 * 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Settings:
   block_seconds: float = 0.0
 
   def __post_init__(self):
-    if not 0 < self.seconds <= MAX_SECONDS:
-      raise ValueError(f'seconds must lie between 0 and {MAX_SECONDS:.0f}, found {self.seconds}')
+    if not MIN_SECONDS <= self.seconds <= MAX_SECONDS:
+      raise ValueError(f'seconds must lie between {MIN_SECONDS:g} and {MAX_SECONDS:.0f}, found {self.seconds}')
     for name in ('block_seconds', 'story_context'):
       if not 0 <= getattr(self, name) < math.inf:
         raise ValueError(f'{name} must not be negative, found {getattr(self, name)}')
@@ -174,9 +174,12 @@ def heard(condition: Condition, settings: Settings) -> Condition:
 
 
 def adjusted(networks: Networks, temperature: float = 1.0, guidance: float | None = None) -> dict[str, Sampling]:
-  """The networks' own sampling of each stage, its temperature multiplied; guidance None: theirs."""
-  changes = {} if guidance is None else {'guidance': guidance}
-  return {name: dataclasses.replace(usual, temperature=usual.temperature * temperature, **changes)
+  """The networks' own sampling of each stage, its temperature multiplied; guidance None: theirs.
+
+  A stage whose own guidance is 1 keeps it: it knows no music without its conditions to be led away from.
+  """
+  led = lambda usual: usual.guidance if guidance is None or usual.guidance == 1.0 else guidance
+  return {name: dataclasses.replace(usual, temperature=usual.temperature * temperature, guidance=led(usual))
           for name, usual in networks.sampling.items()}
 
 

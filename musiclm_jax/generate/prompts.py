@@ -14,6 +14,7 @@ from musiclm_jax.generate.chain import Condition, Piece
 from musiclm_jax.generate.networks import Networks
 from musiclm_jax.generate.story import Story
 
+MAX_WEIGHT = 1e6
 # Mixtures on the way from one text to the next: each costs a window of its own.
 _STEPS = 4
 
@@ -33,8 +34,8 @@ class Prompt:
   def __post_init__(self):
     if self.text and self.audio:
       raise ValueError(f'a prompt is a text or a clip, not both: {self.text!r} and {self.audio!r}')
-    if not 0 <= self.weight < np.inf:
-      raise ValueError(f'the weight of a prompt must be a number that is not negative, found {self.weight}')
+    if not 0 <= self.weight <= MAX_WEIGHT:
+      raise ValueError(f'the weight of a prompt must lie between 0 and {MAX_WEIGHT:.0f}, found {self.weight}')
 
 
 @dataclasses.dataclass(frozen=True)

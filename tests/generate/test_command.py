@@ -78,6 +78,7 @@ P = ('--prompt', 'slow piano')
     (['--prompt', 'a very long tune ' * 40], 1, 'shorten it'),
     # lengths, seeds, numbers
     ([*P, '--seconds', '-1'], 2, 'not above 0'), ([*P, '--seconds', '0'], 2, 'not above 0'),
+    ([*P, '--seconds', '0.0005'], 1, 'seconds must lie between 0.01'),
     ([*P, '--seconds', '1e9'], 1, 'seconds must lie between'), ([*P, '--seconds', 'inf'], 1, 'seconds must lie'),
     ([*P, '--seconds', 'nan'], 2, 'not above 0'), ([*P, '--seconds', 'ten'], 2, "invalid positive float value: 'ten'"),
     ([*P, '--seed', '1.5'], 2, "invalid int value: '1.5'"), ([*P, '--seed', 'x'], 2, 'invalid int value'),
@@ -86,8 +87,10 @@ P = ('--prompt', 'slow piano')
     ([*P, '--best_of', '0'], 2, 'not above 0'), (['--unconditional', '--best_of', '2'], 2, 'give one'),
     # mixtures
     ([*P, '--weights', '1', '2'], 2, 'one for each --prompt'), ([*P, '--weights', '0'], 1, 'sum to nothing'),
-    ([*P, *P, '--weights', '1', '-1'], 2, 'not negative'), ([*P, '--weights', 'nan'], 2, 'weight'),
+    ([*P, *P, '--weights', '1', '-1'], 2, 'must lie between 0'), ([*P, '--weights', 'nan'], 2, 'weight'),
+    ([*P, *P, '--weights', '1', '1e39'], 2, 'must lie between 0'),
     ([*P, '--negative_prompt', 'noise', '--guidance', '1'], 2, 'needs --guidance'),
+    ([*P, '--negative_prompt', 'noise', '--mulan_levels', '0'], 1, 'no stage leads away'),
     ([*P, '--negative_prompt', ' ', '--guidance', '2'], 2, 'a prompt is empty'),
     # stories
     (['--story', 'calm'], 2, 'no time before'), (['--story', '0:00 a, 0:00 b'], 2, 'must ascend'),
@@ -103,6 +106,8 @@ P = ('--prompt', 'slow piano')
     (['--style_audio', 'silent.wav'], 1, 'silent.wav: silent'),
     (['--style_audio', 'nan.wav'], 1, 'nan.wav: non-finite'),
     (['--style_audio', 'text.wav'], 1, 'text.wav: unreadable'), (['--style_audio', 'empty.wav'], 1, 'empty.wav: empty'),
+    (['--style_audio', ''], 2, '--style_audio is empty'), ([*P, '--continue_audio', ''], 2, 'continue_audio is empty'),
+    (['--infill_audio', 'good.wav', '--gap', '1-2', '--unconditional'], 2, '--mulan_levels 0'),
     (['--continue_audio', 'short.wav'], 1, 'too short'), (['--continue_audio', 'long.flac'], 1, 'too long'),
     (['--continue_audio', 'good.wav', '--continue_at', '0:05'], 1, 'cannot be continued from 5 s'),
     (['--continue_audio', 'good.wav', '--continue_at', '0:0x'], 2, 'is no time'),
