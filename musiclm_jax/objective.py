@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
+import numpy as np
 
 Batch = dict[str, jax.Array]  # leading axis B; always holds `slot` int32 [B], the place in the global batch
 
@@ -122,6 +123,10 @@ class Fit(Objective):
   def features(self, model: nnx.Module, batch: Batch) -> jax.Array:
     """Rows [N, D] float32 to fit on, from one batch."""
     raise NotImplementedError
+
+  def counted(self, batch: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Which of those rows are no padding, bool [N], told from the batch alone; None for all."""
+    del batch
 
   def phases(self) -> tuple[tuple[str, int], ...]:
     """(name, iterations) of each phase in order."""

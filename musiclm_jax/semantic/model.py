@@ -73,6 +73,12 @@ class W2vBertConfig:
   def frame_rate(self) -> float:
     return self.mel.sample_rate / self.samples_per_frame
 
+  def valid(self, samples: int, length_B: jax.Array | None) -> jax.Array | None:
+    """Which of the frames of so many samples are whole frames of clips of those lengths, bool [B, T]; None for all."""
+    if length_B is None:
+      return None
+    return jnp.arange(samples // self.samples_per_frame) < (length_B // self.samples_per_frame)[:, None]
+
   @property
   def target_width(self) -> int:
     """Of the rows that the quantizer makes codes of."""
@@ -231,10 +237,7 @@ class W2vBert(nnx.Module):
 
     With `length_B`, samples, the whole frames within it get what they would get from the clip alone.
     """
-    valid_BxT = None
-    if length_B is not None:
-      size = self.config.samples_per_frame
-      valid_BxT = jnp.arange(audio_BxN.shape[1] // size) < (length_B // size)[:, None]
+    valid_BxT = self.config.valid(audio_BxN.shape[1], length_B)
     x = self.features(audio_BxN, valid_BxT)
     first = self.config.contrastive.depth
     if layer:
@@ -251,8 +254,14 @@ class W2vBert(nnx.Module):
     return jnp.concatenate([x_BxTxD[None], contrastive, masked]).astype(jnp.float32)
 
 
-def mel_statistics(audio_BxN: jax.Array, config: MelConfig) -> tuple[jax.Array, jax.Array]:
-  """Mean and standard deviation [M] of the log-mel bands; a band that never changes gets deviation 1."""
-  rows = log_mel(audio_BxN, config).reshape(-1, config.bands)
-  deviation = jnp.std(rows, axis=0)
-  return jnp.mean(rows, axis=0), jnp.where(deviation > np.float32(1e-3), deviation, 1.0)
+def mel_statistics(audio_BxN: jax.Array, config: MelConfig, valid_BxT: jax.Array | None = None
+                   ) -> tuple[jax.Array, jax.Array]:
+  """Mean and standard deviation [M] of the log-mel bands over the valid frames, T of which are `SUBSAMPLING` T frames
+  of mel; a band that never changes gets deviation 1."""
+  where = None
+  if valid_BxT is not None:
+    where = jnp.repeat(valid_BxT, SUBSAMPLING, axis=1)[..., None]
+    audio_BxN = _kept(audio_BxN[:, :where.shape[1] * config.hop], valid_BxT)
+  mel_BxFxM = log_mel(audio_BxN, config)
+  deviation = jnp.std(mel_BxFxM, axis=(0, 1), where=where)
+  return jnp.mean(mel_BxFxM, axis=(0, 1), where=where), jnp.where(deviation > np.float32(1e-3), deviation, 1.0)

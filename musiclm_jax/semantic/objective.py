@@ -1,7 +1,8 @@
 """The training of w2v-BERT: contrastive loss, code diversity, masked prediction (arXiv 2108.06209, 2.2).
 
 Every term is a mean of terms of single examples, and all randomness comes from an example's key: the loss is
-the same for any number of microbatches.
+the same for any number of microbatches. Where a batch has 'length' int32 [B], what follows so many samples of a clip is
+padding: it is not heard, never masked, and counts in no mean.
 
 Shapes: B batch, N samples, T frames, E width of the contrastive space, G code groups, V codes a group.
 """
@@ -83,11 +84,17 @@ class W2vBertTraining(Objective):
     Our choice: the cells of a random partition cut through what belongs together. At size tiny drum styles can be
     read from the first codes of a k-means with an accuracy of 0.64 and from those of a random partition with 0.46.
     """
-    mean, deviation = mel_statistics(batch['audio'], self.encoder.mel)
+    valid_BxT = self._valid(batch)
+    mean, deviation = mel_statistics(batch['audio'], self.encoder.mel, valid_BxT)
     model.mel_mean[...], model.mel_deviation[...] = mean, deviation
-    mel_BxFxM = model.spectrogram(batch['audio'])
-    rows_NxD = model.target_rows(mel_BxFxM, model.subsampling(mel_BxFxM)).reshape(-1, self.encoder.target_width)
-    rows_NxD = rows_NxD[::max(1, len(rows_NxD) // (_ROWS_PER_CODE * self.encoder.codes))]
+    mel_BxFxM = model.spectrogram(batch['audio'], valid_BxT)
+    features = model.subsampling(mel_BxFxM, valid_BxT)
+    rows_NxD = model.target_rows(mel_BxFxM, features).reshape(-1, self.encoder.target_width)
+    step = max(1, len(rows_NxD) // (_ROWS_PER_CODE * self.encoder.codes))
+    if valid_BxT is not None:  # those that count, again and again where padding has taken the place of others
+      order_N = jnp.argsort(~valid_BxT.reshape(-1), stable=True)
+      rows_NxD = rows_NxD[order_N[jnp.arange(len(rows_NxD)) % jnp.maximum(jnp.sum(valid_BxT), 1)]]
+    rows_NxD = rows_NxD[::step]
     w, b = model.quantizer.kmeans_start(rows_NxD, key)
     return {'mel_mean': mean, 'mel_deviation': deviation, 'quantizer': {'logits': {'w': w, 'b': b}}}
 
@@ -95,34 +102,40 @@ class W2vBertTraining(Objective):
     done = jnp.minimum(steps.astype(jnp.float32) / self.gumbel_steps, 1.0)
     return self.gumbel_first * (self.gumbel_last / self.gumbel_first)**done
 
-  def masked(self, x_BxTxD: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def _valid(self, batch: Batch) -> jax.Array | None:
+    return self.encoder.valid(batch['audio'].shape[1], batch.get('length'))
+
+  def masked(self, x_BxTxD: jax.Array, keys_B: jax.Array, valid_BxT: jax.Array | None = None
+             ) -> tuple[jax.Array, jax.Array]:
     """Features with random vectors in their masked frames, and which frames those are, bool [B, T]."""
     frames = x_BxTxD.shape[1]
     starts = max(1, round(self.mask_share * frames))
-    masked_BxT = jax.vmap(lambda k: span_mask(k, frames, starts, self.mask_span))(_folded(keys_B, 0))
+    length_B = jnp.full(len(x_BxTxD), frames) if valid_BxT is None else jnp.sum(valid_BxT, axis=1)
+    masked_BxT = jax.vmap(lambda k, length: span_mask(k, frames, starts, self.mask_span, length))(
+        _folded(keys_B, 0), length_B)
     noise = jax.vmap(lambda k: jax.random.normal(k, x_BxTxD.shape[1:], x_BxTxD.dtype))(_folded(keys_B, 1))
     return jnp.where(masked_BxT[..., None], self.mask_scale * noise, x_BxTxD), masked_BxT
 
   def loss(self, model: W2vBert, batch: Batch, key: jax.Array, *, training: bool) -> tuple[jax.Array, Aux]:
-    keys_B = axes.example_keys(key, batch['slot'])
+    keys_B, valid_BxT = axes.example_keys(key, batch['slot']), self._valid(batch)
     mask_B, negatives_B, gumbel_B, first_B, second_B = (_folded(keys_B, i) for i in range(5))
-    mel_BxFxM = model.spectrogram(batch['audio'])
-    features = model.subsampling(mel_BxFxM)
-    inputs, masked_BxT = self.masked(features, mask_B)
+    mel_BxFxM = model.spectrogram(batch['audio'], valid_BxT)
+    features = model.subsampling(mel_BxFxM, valid_BxT)
+    inputs, masked_BxT = self.masked(features, mask_B, valid_BxT)
 
     temperature = self.gumbel_temperature(model.steps[...])
     codes = model.quantizer(model.target_rows(mel_BxFxM, features), temperature=temperature,
                             keys_B=gumbel_B if training else None)
-    context = model.contrastive(model.input(inputs), keys_B=first_B if training else None)
+    context = model.contrastive(model.input(inputs), valid_BxT=valid_BxT, keys_B=first_B if training else None)
     count_BxTxT = jax.vmap(lambda k, m: negative_counts(k, m, self.negatives))(negatives_B, masked_BxT)
     contrastive_B, found_B = contrastive_loss(
         model.context(context), codes.vectors_BxTxE, masked_BxT, count_BxTxT,
         temperature=self.temperature)
 
-    hidden = model.masked(context, keys_B=second_B if training else None)
+    hidden = model.masked(context, valid_BxT=valid_BxT, keys_B=second_B if training else None)
     logits = model.prediction(hidden).astype(jnp.float32).reshape(codes.probabilities_BxTxGxV.shape)
     masked_B, right_B = masked_prediction_loss(logits, codes.ids_BxTxG, masked_BxT)
-    diversity_B = diversity_loss(codes.probabilities_BxTxGxV, model.soft_usage[...])
+    diversity_B = diversity_loss(codes.probabilities_BxTxGxV, model.soft_usage[...], valid_BxT)
 
     loss_B = (self.contrastive_weight * (contrastive_B + self.diversity_weight * diversity_B)
               + self.masked_weight * masked_B)
@@ -142,8 +155,8 @@ class W2vBertTraining(Objective):
     hard = jax.nn.one_hot(codes.ids_BxTxG, self.encoder.codes)
     statistics = {
         'examples': jnp.float32(features.shape[0]),
-        'soft': jnp.sum(jnp.mean(codes.probabilities_BxTxGxV, axis=1), axis=0),
-        'hard': jnp.sum(jnp.mean(hard, axis=1), axis=0),
+        'soft': jnp.sum(_mean(codes.probabilities_BxTxGxV, valid_BxT), axis=0),
+        'hard': jnp.sum(_mean(hard, valid_BxT), axis=0),
     }
     return jnp.mean(loss_B), Aux(metrics, jax.lax.stop_gradient(statistics))
 
@@ -182,15 +195,31 @@ def _entropy(p_xV: jax.Array) -> jax.Array:
 
 
 def _masked_mean(x_BxT: jax.Array, masked_BxT: jax.Array) -> jax.Array:
-  """Mean over an example's masked frames, [B]; there is always at least one span."""
-  return jnp.sum(jnp.where(masked_BxT, x_BxT, 0), axis=1) / jnp.sum(masked_BxT, axis=1)
+  """Mean over an example's masked frames, [B]; there is always at least one span in a clip of a frame or more."""
+  return jnp.sum(jnp.where(masked_BxT, x_BxT, 0), axis=1) / jnp.maximum(jnp.sum(masked_BxT, axis=1), 1)
 
 
-def span_mask(key: jax.Array, frames: int, starts: int, span: int) -> jax.Array:
-  """bool [T]: `starts` distinct frames, uniform among those where a span fits, begin a masked span each."""
+def _mean(x_BxTxGxV: jax.Array, valid_BxT: jax.Array | None) -> jax.Array:
+  """Mean over an example's valid frames, [B, G, V]."""
+  if valid_BxT is None:
+    return jnp.mean(x_BxTxGxV, axis=1)
+  total = jnp.sum(jnp.where(valid_BxT[..., None, None], x_BxTxGxV, 0), axis=1)
+  return total / jnp.maximum(jnp.sum(valid_BxT, axis=1), 1)[:, None, None]
+
+
+def span_mask(key: jax.Array, frames: int, starts: int, span: int, length: jax.Array | None = None) -> jax.Array:
+  """bool [T]: `starts` distinct frames, uniform among those where a span fits, begin a masked span each.
+
+  Of a clip of fewer frames, `length`, those where it fits into the clip, at least one (cut where the clip is shorter).
+  """
   first = jax.random.permutation(key, frames - span + 1)[:starts]
   place = jnp.arange(frames)
-  return jnp.any((place >= first[:, None]) & (place < first[:, None] + span), axis=0)
+  if length is None:
+    length = frames
+  last = jnp.maximum(length - span, 0)
+  first = first.at[0].set(first[0] % (last + 1))
+  begun = (place >= first[:, None]) & (place < first[:, None] + span) & (first <= last)[:, None]
+  return jnp.any(begun, axis=0) & (place < length)
 
 
 def negative_counts(key: jax.Array, masked_T: jax.Array, negatives: int) -> jax.Array:
@@ -249,7 +278,8 @@ def masked_prediction_loss(logits_BxTxGxV: jax.Array, ids_BxTxG: jax.Array, mask
           _masked_mean(jnp.mean(right.astype(jnp.float32), axis=-1), masked_BxT))
 
 
-def diversity_loss(probabilities_BxTxGxV: jax.Array, usage_GxV: jax.Array) -> jax.Array:
+def diversity_loss(probabilities_BxTxGxV: jax.Array, usage_GxV: jax.Array, valid_BxT: jax.Array | None = None
+                   ) -> jax.Array:
   """1 - perplexity / V of the code usage (arXiv 2006.11477, equation 4), as a mean over examples [B].
 
   The entropy of a batch's own usage is no mean over examples: it would change with the number of
@@ -258,6 +288,6 @@ def diversity_loss(probabilities_BxTxGxV: jax.Array, usage_GxV: jax.Array) -> ja
   """
   usage = jax.lax.stop_gradient(usage_GxV.astype(jnp.float32))
   share_G = jnp.exp(_entropy(usage)) / usage.shape[-1]
-  p_BxGxV = jnp.mean(probabilities_BxTxGxV, axis=1)
+  p_BxGxV = _mean(probabilities_BxTxGxV, valid_BxT)
   slope = jnp.log(jnp.maximum(usage, 1e-7)) + 1
   return jnp.mean(1 - share_G + share_G * jnp.sum((p_BxGxV - usage) * slope, axis=-1), axis=-1)

@@ -134,8 +134,12 @@ class SemanticTokenizer(Fit):
             'slot': jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
 
   def features(self, model: SemanticModel, batch: Batch) -> jax.Array:
-    features = model.features(batch['audio'])
+    features = model.features(batch['audio'], batch.get('length'))
     return features.reshape(-1, features.shape[-1])
+
+  def counted(self, batch: dict[str, np.ndarray]) -> np.ndarray | None:
+    valid_BxT = self.encoder.valid(batch['audio'].shape[1], batch.get('length'))
+    return None if valid_BxT is None else np.asarray(valid_BxT).reshape(-1)
 
   def phases(self) -> tuple[tuple[str, int], ...]:
     return ((NORMALISE, 1), (KMEANS, self.iterations))

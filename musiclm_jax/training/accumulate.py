@@ -37,8 +37,10 @@ def gather_features(fit: Fit, skeleton: Skeleton, params: Any, buffers: Any, bat
     out = features(params, buffers, partitioner.global_batch(batch))
     shards = sorted((s for s in out.addressable_shards if s.replica_id == 0), key=lambda s: s.index[0].start or 0)
     local = np.concatenate([np.asarray(s.data) for s in shards])
+    counts = np.ones(len(local), bool) if (counted := fit.counted(batch)) is None else counted
     if weight is not None:  # rows of an example lie together; padding examples are left out
-      local = local.reshape((len(weight), -1, local.shape[-1]))[weight > 0].reshape((-1, local.shape[-1]))
+      counts = counts & np.repeat(weight > 0, len(local) // len(weight))
+    local = local[counts]
     most = max(1, FEATURE_BYTES // (num_batches * local.itemsize * local.shape[-1]))
     if len(local) > most:
       local = local[np.sort(np.random.default_rng([seed, number]).permutation(len(local))[:most])]

@@ -46,6 +46,48 @@ def test_span_mask_has_the_number_of_starts_it_was_asked_for():
   assert np.all(single.sum(1) == 5) and np.all(np.abs(np.diff(single.astype(int))).sum(1) <= 2)
 
 
+def test_spans_lie_within_a_shorter_clip():
+  keys = jax.random.split(KEY, 200)
+  masks = lambda length: np.asarray(jax.vmap(lambda k: ours.span_mask(k, 30, 3, 5, length))(keys))
+  whole, short = masks(jnp.int32(30)), masks(jnp.int32(12))
+  np.testing.assert_array_equal(whole, np.asarray(jax.vmap(lambda k: ours.span_mask(k, 30, 3, 5))(keys)))
+  assert not short[:, 12:].any() and short.sum(1).min() == 5 and 5 < short.sum(1).mean() < whole.sum(1).mean()
+  assert (masks(jnp.int32(3)) == (np.arange(30) < 3)).all(), 'cut where the clip is shorter than a span'
+
+
+def test_what_follows_a_clip_is_not_heard_and_counts_in_nothing():
+  objective, params, buffers, run = _loss()
+  batch = configs.batch(objective)
+  half = objective.samples // 2
+  length = jnp.array([objective.samples, half] * (len(batch['audio']) // 2), jnp.int32)
+  cut = jnp.where(jnp.arange(objective.samples) < length[:, None], batch['audio'], 0)
+  padded = {**batch, 'length': length, 'audio': cut}
+  for training in (True, False):
+    ((loss, aux), gradient), ((other, other_aux), other_gradient) = (
+        run(params, buffers, b, training=training) for b in (padded, {**batch, 'length': length}))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+                 (loss, aux, gradient), (other, other_aux, other_gradient))
+    np.testing.assert_allclose(aux.statistics['hard'].sum(-1), len(batch['audio']), rtol=1e-5)
+  heard = {**batch, 'length': jnp.full_like(length, objective.samples)}
+  (loss, _), _ = run(params, buffers, heard)
+  (plain, _), _ = run(params, buffers, batch)
+  np.testing.assert_allclose(loss, plain, rtol=1e-6)
+  assert abs(float(loss) - float(run(params, buffers, padded)[0][0])) > 1e-4
+
+
+def test_the_start_hears_the_clips_alone():
+  objective = configs.training()
+  batch = configs.batch(objective)
+  length = jnp.full(len(batch['audio']), objective.samples // 2, jnp.int32)
+  start = lambda **more: objective.start(objective.model(nnx.Rngs(0)), {**batch, **more}, KEY)
+  cut = jnp.where(jnp.arange(objective.samples) < length[:, None], batch['audio'], 0)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), start(audio=cut, length=length),
+               start(length=length))
+  whole = start(length=2 * length)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), whole, start())
+  assert np.abs(start(audio=cut)['mel_mean'] - start(length=length)['mel_mean']).max() > 0.1
+
+
 def test_distractors_are_other_masked_frames_and_all_of_them():
   masked = jnp.asarray([0, 1, 1, 0, 0, 1, 1, 0], bool)
   counts = np.asarray(ours.negative_counts(KEY, masked, 300))[np.asarray(masked)]

@@ -12,6 +12,9 @@ from sklearn import cluster
 
 from musiclm_jax.nn.quantize import scaling_of
 from musiclm_jax.semantic import tokenizer as ours
+from musiclm_jax.training import accumulate
+from musiclm_jax.training.partition import Partitioner
+from musiclm_jax.training.state import Skeleton
 from tests.semantic import configs
 
 KEY = jax.random.key(5)
@@ -53,6 +56,22 @@ def _run(fit, rows, chunk, start=None):
       before = buffers
       buffers, metrics = fit.fitted(buffers, total, phase)
       yield phase, before, buffers, metrics
+
+
+def test_rows_of_padding_are_not_fitted():
+  fit = _fit(layer=2)
+  audio = jax.random.normal(KEY, (3, 19200)) * 0.1
+  length = np.array([19200, 9600, 19200 // 4], np.int32)
+  skeleton = Skeleton.of(fit)
+  _, params, buffers = configs.split(fit.model(nnx.Rngs(0)))
+  gather = lambda *batches: accumulate.gather_features(
+      fit, skeleton, params, buffers, [dict(b) for b in batches], Partitioner(data=1), num_batches=len(batches))
+  together = gather({'audio': audio, 'length': length})
+  alone = [gather({'audio': clip[None, :n]}) for clip, n in zip(audio, length)]
+  assert [len(rows) for rows in alone] == [20, 10, 5]
+  np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
+  some = gather({'audio': audio, 'length': length, 'weight': np.array([0.0, 1.0, 1.0], np.float32)})
+  np.testing.assert_array_equal(some, together[20:])
 
 
 def test_tokens_are_one_for_each_960_samples():

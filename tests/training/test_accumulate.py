@@ -74,6 +74,7 @@ def test_a_large_corpus_gives_as_many_rows_of_each_batch(monkeypatch):
   """Chosen by the seed, and padding is none of them."""
   class Rows:
     features = staticmethod(lambda model, batch: batch['x'].reshape(-1, 2))
+    counted = staticmethod(lambda batch: None)
     model = staticmethod(lambda params, buffers: None)
 
   batches = [{'x': np.arange(64, dtype=np.float32).reshape(8, 4, 2) + 100 * i, 'weight': np.array([1] * 6 + [0] * 2)}
