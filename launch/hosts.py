@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import TextIO
 
 import command
 
@@ -104,6 +106,20 @@ def processes(args: argparse.Namespace) -> list[command.Command]:
   return found
 
 
+_writing = threading.Lock()
+
+
+def _write(stream: TextIO, line: bytes) -> None:
+  """Writes a line, or drops it where that fails (a full disk, a closed pipe): no machine must wait for this one."""
+  # A buffer of its own: what cannot be written does not stay in that of the stream, whose failure at exit is code 120.
+  with _writing, contextlib.suppress(OSError), open(stream.fileno(), 'wb', closefd=False) as out:
+    out.write(line)
+
+
+def _tell(text: str) -> None:
+  _write(sys.stderr, f'hosts.py: {text}\n'.encode())
+
+
 class _Group:
   """The running processes. What they say is printed with their number in front."""
 
@@ -124,8 +140,7 @@ class _Group:
 
   def _print(self, index: int, process: subprocess.Popen) -> None:
     for line in process.stdout:
-      sys.stdout.buffer.write(b'%d: %s' % (index, line if line.endswith(b'\n') else line + b'\n'))
-      sys.stdout.buffer.flush()
+      _write(sys.stdout, b'%d: %s' % (index, line if line.endswith(b'\n') else line + b'\n'))
 
   @property
   def codes(self) -> list[int | None]:
@@ -188,7 +203,7 @@ def attend(commands: Sequence[command.Command], save_seconds: int, stop: _Stop) 
   code = first or next((code for code in codes if code), 0)
   if code:
     shown = ', '.join(f'{index}: {code}' for index, code in enumerate(codes))
-    print(f'hosts.py: the exit codes of the processes are {shown}', file=sys.stderr)
+    _tell(f'the exit codes of the processes are {shown}')
   return code
 
 
@@ -202,7 +217,7 @@ def main(argv: Sequence[str]) -> int:
     code = attend(commands, args.save_seconds, stop)
     if code == 0 or code in command.FINAL or tried == args.retries:
       return code
-    print(f'hosts.py: once more, {tried + 1} of {args.retries}', file=sys.stderr)
+    _tell(f'once more, {tried + 1} of {args.retries}')
     time.sleep(_PAUSE)
     if stop.signal:
       return 128 + stop.signal

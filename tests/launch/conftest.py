@@ -81,8 +81,8 @@ class Fakes:
 
   def start(self, launcher: str, *arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, ROOT / 'launch' / f'{launcher}.py', *arguments], text=True,
-                            cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            **options)
+                            cwd=self.folder, env=self.environment,
+                            **{'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **options})
 
   def run(self, launcher: str, *arguments: str, code: int = 0) -> str:
     """Its output."""

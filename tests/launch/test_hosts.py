@@ -124,6 +124,20 @@ def test_where_the_launcher_is_killed_all_save(cluster):
   until(lambda: saved(cluster) == ['saved.0', 'saved.1'])
 
 
+@pytest.mark.parametrize('failure', ['full disk', 'closed pipe'])
+def test_where_its_own_output_fails_the_machines_go_on(cluster, failure):
+  """Lines are dropped: with nobody to read them the processes would wait for ever, with pipes that are full."""
+  cluster.add('musiclm', 'head -c 1000000 /dev/zero | tr "\\0" "\\n"; exit 7')
+  read, write = os.pipe()
+  os.close(read)
+  with open('/dev/full', 'wb') if failure == 'full disk' else open(write, 'wb') as out:
+    process = cluster.start('hosts', '--hosts', 'hosts.txt', '--retries', '1', '--', *TRAINING, stdout=out, stderr=out)
+  try:
+    assert process.wait(timeout=60) == 7 and len(cluster.calls('musiclm')) == 4
+  finally:
+    process.kill()
+
+
 def test_all_are_started_again_after_a_failure(cluster):
   script = f'''[ -e "$CALLS/second.$JAX_PROCESS_ID" ] && exit 0
 : > "$CALLS/second.$JAX_PROCESS_ID"; {_await('second.0')}; {_await('second.1')}; exit 1'''
