@@ -31,10 +31,11 @@ Batches = Callable[..., dict[str, np.ndarray]]  # (step, process_index, process_
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-  """How often things happen, in steps; 0 is at the end only.
+  """How often things happen.
 
   Attributes:
-    eval_batches: held-out batches of an evaluation. keep: checkpoints kept.
+    log_every, checkpoint_every, eval_every: in steps; 0 is at the end only.
+    eval_batches: held-out batches of an evaluation. keep: checkpoints kept, the newest ones, at least 1.
     alarm_after: steps until a metric at its chance level, or under its floor, raises the alarm.
     tensorboard: whether reports go to TensorBoard, too, and with each evaluation what there is to hear of the first
       `clips` examples of the held-out ones.
@@ -53,6 +54,8 @@ class Cadence:
     if self.eval_batches < 1 or self.clips < 1:
       raise ValueError(f'eval_batches and clips must be at least 1, found {self.eval_batches} and {self.clips}; set '
                        'EVAL_BATCHES = None for no evaluation, TENSORBOARD = False for no clips')
+    if self.keep < 1:
+      raise ValueError(f'keep must be at least 1, found {self.keep}: without a checkpoint nothing is left of the run')
 
 
 class Donation(Protocol):
@@ -317,13 +320,10 @@ class _Run:
     return sum(jax.tree.leaves(jax.tree.map(size, self.abstract, self.shardings)))
 
   def check_batch(self, size: int) -> None:
-    microbatches = self.microbatches
-    self.partitioner.check_batch(size)
-    if microbatches > 1 and not self.objective.mean_over_examples:
+    if self.microbatches > 1 and not self.objective.mean_over_examples:
       raise ValueError(f'the loss of {type(self.objective).__name__} is not a mean over examples: microbatches must '
                        'be 1; raise its own number of chunks to save memory')
-    if size % microbatches:
-      raise ValueError(f'batch {size} is not a multiple of {microbatches} microbatches')
+    self.partitioner.check_batch(size, self.microbatches)
 
   def describe(self, batches: Batches, num_steps: int) -> str:
     """The resolved experiment: its settings, then what it comes to in a few plain lines.
@@ -531,6 +531,7 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
   if jax.process_count() > 1:
     raise ValueError('a fit runs in one process, on all of its devices: start it once, without --distributed')
   run = _Run(objective, optimizers.Adam(0.0), workdir, partitioner, Precision(), init_from, seed)
+  run.check_batch(batches.batch_size)
   passes = sum(iterations for _, iterations in objective.phases())
   if dry_run:
     print(run.describe(batches, passes))

@@ -66,10 +66,14 @@ class Partitioner:
         raise ValueError(f'partition rule {logical!r} names {sorted(unknown)}; mesh axes are {MESH_AXES}')
       seen.add(logical)
 
+  @property
+  def _there(self) -> list[Any]:
+    return jax.devices() if self.devices is None else list(self.devices)
+
   @functools.cached_property
   def mesh(self) -> Mesh:
     fixed = self.fsdp * self.tensor * self.sequence
-    devices = jax.devices() if self.devices is None else list(self.devices)
+    devices = self._there
     total = len(devices)
     data = self.data or total // fixed
     if data < 1 or data * fixed > total:
@@ -173,10 +177,19 @@ class Partitioner:
     """Into how many parts the rows of a batch are dealt."""
     return self.mesh.shape['data'] * self.mesh.shape['fsdp']
 
-  def check_batch(self, batch_size: int) -> None:
+  def check_batch(self, batch_size: int, microbatches: int = 1) -> None:
+    """Raises ValueError where the mesh cannot share out the rows of a batch, or of each of its microbatches."""
     parts = self.batch_parts
-    if batch_size % parts:
-      raise ValueError(f'batch {batch_size} is not a multiple of data x fsdp = {parts}; choose a multiple of {parts}')
+    if batch_size % (multiple := parts * microbatches):
+      factors, sizes = ('', '') if microbatches == 1 else (' x microbatches', f'{parts} x {microbatches} = ')
+      raise ValueError(f'batch {batch_size} is not a multiple of data x fsdp{factors} = {sizes}{multiple}; choose a '
+                       f'multiple of {multiple}')
+    idle = {d.process_index for d in self._there} - {d.process_index for d in self.mesh.devices.flat}
+    if idle:
+      sizes = ' x '.join(f'{axis} {size}' for axis, size in self.mesh.shape.items())
+      raise ValueError(f'mesh {sizes} uses {self.mesh.devices.size} of the {len(self._there)} devices, none of process '
+                       f'{", ".join(map(str, sorted(idle)))}: choose another mesh file, or data = 0 for all that are '
+                       'left, or start fewer processes')
     # Rows are dealt to processes: those of one part of the batch must all lie with one of them.
     process = np.vectorize(lambda device: device.process_index, otypes=[int])(self.mesh.devices).reshape(parts, -1)
     if (process != process[:, :1]).any():

@@ -55,6 +55,25 @@ def test_a_batch_that_does_not_divide_is_named():
     Partitioner(data=2, fsdp=2).check_batch(6)
 
 
+def test_microbatches_are_dealt_to_all_devices_too():
+  Partitioner(data=8).check_batch(16, microbatches=2)
+  with pytest.raises(ValueError, match='batch 8 is not .* data x fsdp x microbatches = 8 x 2 = 16; choose a multiple'):
+    Partitioner(data=8).check_batch(8, microbatches=2)
+
+
+@pytest.mark.parametrize('used, fits', [(4, False), (3, False), (6, True), (8, True)])
+def test_a_mesh_that_leaves_a_process_without_a_device_is_refused(used, fits):
+  all_of_them = tuple(types.SimpleNamespace(process_index=i // 4) for i in range(8))
+  made = Partitioner(data=used, devices=all_of_them)
+  made.__dict__['mesh'] = types.SimpleNamespace(
+      shape={'data': used, 'fsdp': 1}, devices=np.array(all_of_them[:used]).reshape(used, 1, 1, 1))
+  if fits:
+    made.check_batch(used)
+  else:
+    with pytest.raises(ValueError, match=f'mesh data {used} .*uses {used} of the 8 devices, none of process 1: choose'):
+      made.check_batch(used)
+
+
 @pytest.mark.parametrize('processes, fits', [
     ([0, 0, 0, 0, 1, 1, 1, 1], True), ([0, 0, 1, 1, 2, 2, 3, 3], True), ([0, 1, 2, 3, 4, 5, 6, 7], False),
     ([0, 0, 0, 1, 1, 1, 2, 2], False)])
