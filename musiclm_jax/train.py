@@ -121,24 +121,19 @@ class _OfRun:
 
   @property
   def assets(self) -> Mapping[str, bytes]:
-    part, theirs = (path.split('/') if path else [] for path in (self.source.part, self.loaded.objective.asset_part))
+    part, theirs = map(checkpoint.keys, (self.source.part, self.loaded.objective.asset_part))
     shared = min(len(part), len(theirs))
     return self.loaded.assets if part[:shared] == theirs[:shared] else {}
 
   def take_over(self, params: Any, buffers: Any) -> tuple[Any, Any]:
-    graft = functools.partial(checkpoint.graft, part=self.source.part, into=self.source.into)
-    if self.source.part and not _has(self.loaded.params, self.source.part) and _has(
-        self.loaded.buffers, self.source.part):  # nothing of it is trained
-      return params, graft(buffers, self.loaded.buffers)
-    return graft(params, self.loaded.params), graft(buffers, self.loaded.buffers) if self.loaded.buffers else buffers
-
-
-def _has(tree: Mapping[str, Any], part: str) -> bool:
-  for name in part.split('/'):
-    if not isinstance(tree, Mapping) or name not in tree:
-      return False
-    tree = tree[name]
-  return True
+    part, there = checkpoint.keys(self.source.part), (self.loaded.params, self.loaded.buffers)
+    found = [checkpoint.at(tree, part) for tree in there]
+    if not jax.tree.leaves(found):
+      raise ValueError(f'the source checkpoint has no part {self.source.part!r}; it has '
+                       f'{sorted({*there[0], *there[1]})}')
+    # A part may have nothing that is trained (codes), or nothing else.
+    return tuple(checkpoint.graft(ours, theirs, into=self.source.into) if jax.tree.leaves(theirs) else ours
+                 for ours, theirs in zip((params, buffers), found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,13 +249,13 @@ class _Run:
   def donor_lineage(self) -> dict[str, str]:
     """Where the parameters came from. What a donor has done since does not concern a run that has begun."""
     roles = [donor.into or 'init' for donor in self.donors]
-    if roles and checkpoint.latest_step(self.workdir) is not None:
-      there = checkpoint.read_about(self.workdir)['lineage']
+    if checkpoint.latest_step(self.workdir) is not None:
+      there = checkpoint.recorded_lineage(self.workdir)
       return {role: there[role] for role in roles if role in there}
     return {role: donation.content_hash for role, donation in zip(roles, self.donations)}
 
   def lineage(self, batches: Batches) -> dict[str, str]:
-    """What made the examples, and where the parameters came from.
+    """What made the examples, and where the parameters came from: as recorded, also where no donor is named any more.
 
     Raises ValueError where a run that begins would mix two versions of a network.
     """
@@ -270,7 +265,7 @@ class _Run:
         if tokens.get(role, content) != content:
           raise ValueError(f'the tokens are those of {role} {tokens[role]}, and this is to start from {role} '
                            f'{content}: name the run that made them')
-    return {**donors, **tokens}
+    return {**checkpoint.recorded_lineage(self.workdir), **donors, **tokens}
 
   def save(self, state: TrainState, checkpoints: checkpoint.Checkpoints) -> None:
     """Saves a state that is fit to be saved: finite, and the same on all devices that hold copies."""

@@ -6,7 +6,7 @@ A step directory holds the items `params`, `buffers`, `optimizer`, `ema` (Orbax 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -184,6 +184,16 @@ def _read_about(directory: pathlib.Path, step: int) -> dict[str, Any] | None:
     return None
 
 
+def recorded_lineage(workdir: str | os.PathLike) -> dict[str, str]:
+  """What a run that has begun was made of, by its newest checkpoint that can say so; {} where none can."""
+  directory = _directory(workdir)
+  for step in sorted(_whole_steps(directory), reverse=True):
+    about = _read_about(directory, step)
+    if isinstance(found := at(about, ['lineage']), dict):
+      return found
+  return {}
+
+
 def read_about(workdir: str | os.PathLike) -> dict[str, Any]:
   """What the newest whole checkpoint says of itself: objective, lineage, what it was made with. No arrays are read.
 
@@ -349,15 +359,25 @@ def run_in(workdir: str | os.PathLike, name: str) -> pathlib.Path:
   return folder / name if latest_step(folder) is None and (folder / name).is_dir() else folder
 
 
-def graft(tree: Any, donor: Any, *, part: str = '', into: str = '') -> Any:
-  """`tree` with the subtree at `into` replaced by the donor's subtree at `part` ("encoder/layers"; "" is all).
+def at(tree: Any, path: Sequence[Any]) -> Any | None:
+  """What nested mappings have at a path of keys; None where they have nothing there."""
+  for key in path:
+    if not isinstance(tree, Mapping) or key not in tree:
+      return None
+    tree = tree[key]
+  return tree
+
+
+def keys(part: str) -> list[str]:
+  """The path of a part ("encoder/layers"); "" is all, the path of no keys."""
+  return part.split('/') if part else []
+
+
+def graft(tree: Any, donor: Any, *, into: str = '') -> Any:
+  """`tree` with the subtree at `into` ("encoder/layers"; "" is all) replaced by the same variables of `donor`.
 
   Raises ValueError naming the first variable that is missing or has another shape.
   """
-  for name in filter(None, part.split('/')):
-    if name not in donor:
-      raise ValueError(f'the source checkpoint has no part {part!r}; it has {sorted(donor)}')
-    donor = donor[name]
   if into:
     name, _, rest = into.partition('/')
     if name not in tree:
@@ -365,11 +385,8 @@ def graft(tree: Any, donor: Any, *, part: str = '', into: str = '') -> Any:
     return {**tree, name: graft(tree[name], donor, into=rest)}
 
   def one(path, ours):
-    theirs = donor
-    for key in path:
-      if not isinstance(theirs, Mapping) or key.key not in theirs:
-        raise ValueError(f'the source checkpoint has no {jax.tree_util.keystr(path)}')
-      theirs = theirs[key.key]
+    if (theirs := at(donor, [key.key for key in path])) is None:
+      raise ValueError(f'the source checkpoint has no {jax.tree_util.keystr(path)}')
     if theirs.shape != ours.shape:
       raise ValueError(f'{jax.tree_util.keystr(path)} is {theirs.shape} in the source checkpoint and {ours.shape} here')
     return theirs
