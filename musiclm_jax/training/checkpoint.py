@@ -72,6 +72,7 @@ class Checkpoints:
         'objective': json.loads(specs.to_json(self._objective)),
         'lineage': self._lineage,
         'made_with': self._made_with,
+        'checksum_version': integrity.VERSION,
         'checksums': {name: integrity.checksums(getattr(state, field)) for name, field in _ITEMS.items()},
         'assets': {k: base64.b64encode(v).decode() for k, v in self._objective.assets().items()},
     }
@@ -216,7 +217,8 @@ def _find(workdir: str | os.PathLike, step: int | None = None) -> tuple[pathlib.
 
 def _check_whole(about: dict[str, Any], item: str, tree: Any) -> None:
   """Raises ValueError naming the first array that is not what was saved."""
-  for name, value in integrity.checksums(tree).items():
+  version = about.get('checksum_version', 1)  # the first had no number
+  for name, value in integrity.checksums(tree, version).items():
     if about['checksums'][item][name] != value:
       raise ValueError(f'{item}/{name} is not what was saved: its checksum differs')
 

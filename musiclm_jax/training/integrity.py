@@ -30,11 +30,30 @@ class ReplicasDiffer(RuntimeError):
   """Two devices hold different values of what must be the same."""
 
 
-def _checksum(x: jax.Array) -> jax.Array:
-  """uint32: the words of x, each times an odd number for its place, summed modulo 2^32.
+def _mixed(word: Any, place: Any) -> Any:
+  """uint32 of uint32, in place where these are NumPy's: a bijection of the words for each place, far from linear
+  (murmur3's last one): without that the changes of two words, such as their signs, could cancel in the sum."""
+  word ^= place * np.uint32(0x9E3779B1)
+  word ^= word >> np.uint32(16)
+  word *= np.uint32(0x85EBCA6B)
+  word ^= word >> np.uint32(13)
+  word *= np.uint32(0xC2B2AE35)
+  word ^= word >> np.uint32(16)
+  return word
 
-  Any change of a single word shows, and others but for one in 2^32. The order of the sum does not matter, so the
-  result is the same for any layout over devices; nothing is moved between them but the sums.
+
+# What becomes of the word at a place. Checkpoints name the version of their checksums.
+_TERMS = {1: lambda word, place: word * (2 * place + 1), 2: _mixed}
+VERSION = 2
+
+
+def _checksum(x: jax.Array, version: int = VERSION) -> jax.Array:
+  """uint32: the words of x, each mixed with its place, summed modulo 2^32.
+
+  Any change of a single word shows. Of changes of several, chance alone lets any pass: signs that are turned, of two
+  words or of all, words that change places and bits that flip together are among those that tests have seen to show.
+  The order of the sum does not matter, so the result is the same for any layout over devices; nothing is moved between
+  them but the sums.
   """
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     x = jax.random.key_data(x)
@@ -46,7 +65,7 @@ def _checksum(x: jax.Array) -> jax.Array:
   for axis in reversed(range(words.ndim)):
     place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride & 0xFFFFFFFF)
     stride *= words.shape[axis]
-  return jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+  return jnp.sum(_TERMS[version](words, place), dtype=jnp.uint32)
 
 
 def name_of(path: Any) -> str:
@@ -54,15 +73,20 @@ def name_of(path: Any) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def checksums(tree: Any) -> dict[str, int]:
-  """A checksum of each array by its path, computed where the arrays are."""
+def checksums(tree: Any, version: int = VERSION) -> dict[str, int]:
+  """A checksum of each array by its path, computed where the arrays are.
+
+  Raises ValueError for a version that is not known here.
+  """
+  if version not in _TERMS:
+    raise ValueError(f'its checksums are of version {version}, and only {", ".join(map(str, _TERMS))} are known here')
   names = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   leaves = jax.tree.leaves(tree)
-  values = [_host_checksum(x) for x in leaves] if _in_memory(leaves) else _checksums(leaves)
+  values = [_host_checksum(x, version) for x in leaves] if _in_memory(leaves) else _checksums(leaves, version)
   return dict(zip(names, map(int, values)))
 
 
-_checksums = jax.jit(lambda leaves: [_checksum(x) for x in leaves])
+_checksums = jax.jit(lambda leaves, version: [_checksum(x, version) for x in leaves], static_argnums=1)
 _finite = jax.jit(lambda leaves: [jnp.isfinite(x).all() for x in leaves])
 
 
@@ -71,7 +95,7 @@ def _in_memory(leaves: list[jax.Array]) -> bool:
   return all(x.is_fully_addressable and {d.platform for d in x.sharding.device_set} == {'cpu'} for x in leaves)
 
 
-def _host_checksum(x: jax.Array) -> int:
+def _host_checksum(x: jax.Array, version: int = VERSION) -> int:
   """`_checksum`, by NumPy."""
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     x = jax.random.key_data(x)
@@ -81,7 +105,7 @@ def _host_checksum(x: jax.Array) -> int:
   for first in range(0, len(words), _AT_A_TIME):
     part = words[first:first + _AT_A_TIME].astype(np.uint32)
     place = np.arange(first, first + len(part), dtype=np.uint64).astype(np.uint32)
-    total += int(np.sum(part * (2 * place + 1), dtype=np.uint32))
+    total += int(np.sum(_TERMS[version](part, place), dtype=np.uint32))
   return total & 0xFFFFFFFF
 
 
@@ -131,7 +155,8 @@ def check_replicas(tree: Any, step: int, workdir: str | os.PathLike) -> None:
       groups.setdefault(str(index), {})[device] = int(rows[device][number])
     for copies in groups.values():
       name = name_of(path)
-      if suspect and suspect['parameter'] == name:
+      here = sorted([d.process_index, d.id] for d in copies)
+      if suspect and suspect['parameter'] == name and here == sorted(where for *where, _ in suspect['copies']):
         _confirm(suspect, set(copies.values()))
       if len(set(copies.values())) > 1:
         _raise(name, copies, step, workdir)
@@ -146,7 +171,8 @@ def _raise(name: str, copies: dict[Any, int], step: int, workdir: str | os.PathL
   odd = {d: v for d, v in copies.items() if v != common} if sure else copies
   if jax.process_index() == 0:
     (pathlib.Path(workdir) / _FILE).write_text(json.dumps(
-        {'step': step, 'parameter': name, 'copies': [[d.process_index, d.id, v] for d, v in copies.items()]}))
+        {'step': step, 'parameter': name, 'checksum_version': VERSION,
+         'copies': [[d.process_index, d.id, v] for d, v in copies.items()]}))
   where = ', '.join(f'process {d.process_index} (device {d.id})' for d in odd)
   blame = f'{where} differ{"s" if len(odd) == 1 else ""} from the others' if sure else \
       f'{where} disagree: which one is wrong shows when the step is taken again'
@@ -157,7 +183,7 @@ def _raise(name: str, copies: dict[Any, int], step: int, workdir: str | os.PathL
 def _read(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
   try:
     found = json.loads((pathlib.Path(workdir) / _FILE).read_text())
-    return found if found['step'] == step else None
+    return found if (found['step'], found['checksum_version']) == (step, VERSION) else None
   except (OSError, ValueError, KeyError):
     return None
 
