@@ -117,6 +117,9 @@ class Checkpoints:
     restored = self._manager.restore(step, args=ocp.args.Composite(**args))
     for name in args:
       _check_whole(about, name, restored[name])
+    if difference := specs.first_difference(_objective(about, self._directory / str(step)), self._objective):
+      logging.warning('%s goes on with other settings than it was saved with: %s (checkpoint != experiment)',
+                      self._directory / str(step), difference)
     trees = {field: restored[name] if name in args else {} for name, field in _ITEMS.items()}
     return TrainState(step=jax.device_put(np.int32(step), abstract.step.sharding), **trees)
 
@@ -242,7 +245,7 @@ class _OtherRun(ValueError):
 
 def _check_same(about: dict[str, Any], objective: Objective, lineage: Mapping[str, str], abstract: TrainState,
                 where: pathlib.Path) -> None:
-  """Refuses a checkpoint of another model or of other tokens. Fields that only shape the loss may change."""
+  """Refuses a checkpoint of other arrays or of other tokens. Fields that leave the arrays as they are may change."""
   for role, there in about['lineage'].items():
     if (here := lineage.get(role, there)) != there:
       raise _OtherRun(f'{where} was trained with {role} {there}, but this run has {role} {here}; '

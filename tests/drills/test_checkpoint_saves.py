@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from musiclm_jax.training import checkpoint
+from musiclm_jax.training import checkpoint, integrity
 from tests.drills import faults, saver
 from tests.test_every_training import assert_same_end, command, environment, finish, tokens  # noqa: F401 (fixtures)
 
@@ -176,6 +176,38 @@ def test_a_checkpoint_of_another_optimizer_is_refused_and_stays(two_steps, tmp_p
     with pytest.raises(ValueError, match=message):
       checkpoints.restore(change(saver.abstract()))
   assert restored(folder) == 2
+
+
+def test_other_settings_of_the_same_arrays_are_taken_with_a_warning(two_steps, caplog):
+  network = saver.OBJECTIVE.transformer
+  other = dataclasses.replace(saver.OBJECTIVE, transformer=dataclasses.replace(network, heads=2 * network.heads))
+  difference = f'transformer.heads: {network.heads} != {2 * network.heads} (checkpoint != experiment)'
+  for objective, told in ((saver.OBJECTIVE, []), (other, [difference])):
+    caplog.clear()
+    with caplog.at_level('WARNING', logger='absl'), checkpoint.Checkpoints(two_steps, objective) as checkpoints:
+      assert int(checkpoints.restore(saver.abstract()).step) == 2
+    warnings = [r.message for r in caplog.records if 'goes on with other settings than it was saved with' in r.message]
+    assert len(warnings) == len(told) and all(words in line for words, line in zip(told, warnings))
+
+
+def test_checksums_of_an_older_version_are_compared_as_that_made_them(two_steps, tmp_path):
+  folder = tmp_path / 'run'
+  shutil.copytree(two_steps, folder)
+  file = folder / 'checkpoints' / '2' / 'about' / 'specs.json'
+  about = json.loads(file.read_text())
+  assert about.pop('checksum_version') == integrity.VERSION
+  file.write_text(json.dumps(about))
+  with pytest.raises(ValueError, match='its checksum differs'):
+    checkpoint.load(folder, 2)
+  state = saver.filled(2)
+  about['checksums'] = {name: integrity.checksums(getattr(state, field), version=1)
+                        for name, field in checkpoint._ITEMS.items()}
+  file.write_text(json.dumps(about))
+  assert restored(folder) == checkpoint.load(folder).step == 2
+  about['checksum_version'] = 99
+  file.write_text(json.dumps(about))
+  with pytest.raises(ValueError, match='checksums are of version 99, and only 1, 2 are known'):
+    checkpoint.load(folder)
 
 
 def test_a_step_that_was_set_aside_is_never_overwritten(two_steps, tmp_path):
