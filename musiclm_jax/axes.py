@@ -99,6 +99,12 @@ def example_keys(key: jax.Array, slot_B: jax.Array) -> jax.Array:
   return jax.vmap(lambda slot: jax.random.fold_in(key, slot))(slot_B)
 
 
+def check_dropout(rate: float) -> None:
+  """Raises ValueError for a rate that `dropout` would round to nothing, or to everything."""
+  if not 0 <= rate < 1 or (rate and not 0 < round(rate * 256) < 256):
+    raise ValueError(f'dropout must be 0, or between 1/256 and 255/256, found {rate}')
+
+
 def dropout(x_Bx_: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
   """Inverted dropout with one key an example; the identity where there are no keys or the rate is 0.
 

@@ -49,6 +49,10 @@ class ConformerConfig:
       raise ValueError(f'conformer positions must be "rotary" or "none", found {self.positions!r}')
     if self.depth < 1:
       raise ValueError(f'a conformer needs at least one block, found depth {self.depth}')
+    if self.heads > 0 and self.width % self.heads:
+      raise ValueError(f'conformer width {self.width} is not a multiple of {self.heads} heads')
+    axes.check_dropout(self.dropout)
+    self.sublayers  # noqa: B018 (which checks the rest)
 
   @property
   def sublayers(self) -> TransformerConfig:

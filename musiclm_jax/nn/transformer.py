@@ -42,7 +42,7 @@ class TransformerConfig:
     positions: "rotary" (arXiv 2104.09864), "t5" (one relative bias table shared by all layers,
       arXiv 1910.10683) or "none".
     relative_buckets, relative_max_distance: of the T5 bias. T5's 128 positions are 0.64 s of coarse tokens;
-      set it to the crop.
+      set it to the crop. The nearest distances, half of the buckets, have one each; the maximum must be beyond them.
     attention: what computes it, as in `attention.attention`; "auto" chooses by the device.
     attention_block: queries a block, where it is computed in blocks; 0 chooses.
     remat: recompute each layer's activations in the backward pass.
@@ -77,6 +77,16 @@ class TransformerConfig:
       raise ValueError(f'attention must be one of {list(KINDS)}, found {self.attention!r}')
     if self.activation not in ACTIVATIONS:
       raise ValueError(f'activation must be one of {sorted(ACTIVATIONS)}, found {self.activation!r}')
+    for names, least in ((('width', 'depth', 'heads', 'mlp_width'), 1), (('head_dim', 'attention_block'), 0)):
+      for name in names:
+        if getattr(self, name) < least:
+          raise ValueError(f'{name} must be at least {least}, found {getattr(self, name)}')
+    axes.check_dropout(self.dropout)
+    exact = self.relative_buckets // (2 if self.causal else 4)
+    if self.positions == 't5' and not 1 <= exact < self.relative_max_distance:
+      raise ValueError(f'of {self.relative_buckets} relative_buckets the {exact} nearest distances have one each: '
+                       'there must be one such distance at least, and relative_max_distance must be greater, found '
+                       f'{self.relative_max_distance}')
     if not self.head_dim and self.width % self.heads:
       raise ValueError(f'width {self.width} is not a multiple of {self.heads} heads; set head_dim')
 

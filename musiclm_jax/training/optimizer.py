@@ -76,7 +76,7 @@ def by_group(objective: Objective, params: Any, optimizer: Any, frozen: tuple[st
 
   Args:
     optimizer: an `Adam`, an optax transformation, or a mapping from group to either.
-    frozen: path prefixes ("encoder", "encoder/layers") of parameters that stay as they are.
+    frozen: path prefixes ("encoder", "encoder/layers"; "" for all) of parameters that stay as they are.
 
   Groups whose loss weight is zero, and frozen parameters, are not updated at all: Adam moves on zero gradients.
   """
@@ -89,7 +89,7 @@ def by_group(objective: Objective, params: Any, optimizer: Any, frozen: tuple[st
   tree = labels(objective, params)
   if frozen:
     transforms['frozen'] = optax.set_to_zero()
-    prefixes = [tuple(prefix.split('/')) for prefix in frozen]
+    prefixes = [tuple(prefix.split('/')) if prefix else () for prefix in frozen]
 
     def relabel(path, label):
       keys = tuple(str(getattr(k, 'key', k)) for k in path)

@@ -55,6 +55,9 @@ class Partitioner:
   devices: tuple[Any, ...] | None = None
 
   def __post_init__(self):
+    for name in MESH_AXES:
+      if (size := getattr(self, name)) < (least := 0 if name == 'data' else 1):
+        raise ValueError(f'mesh axis {name} must be at least {least}, found {size}')
     known = set(axes.PARAMETER_AXES) | set(axes.ACTIVATION_AXES)
     seen = set()
     for logical, mesh_axes in self.rules:

@@ -98,7 +98,10 @@ def test_recomputing_activations_changes_nothing():
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'kernel': 4}, 'odd'), ({'positions': 't5'}, 'positions'), ({'depth': 0}, 'depth 0')])
+    ({'kernel': 4}, 'odd'), ({'positions': 't5'}, 'positions'), ({'depth': 0}, 'depth 0'),
+    ({'heads': 0}, 'heads must be at least 1'), ({'heads': 3}, 'width 8 is not a multiple of 3 heads$'),
+    ({'dropout': 1.5}, 'dropout must be'), ({'attention_block': -1}, 'attention_block'),
+    ({'attention': 'x'}, 'attention')])
 def test_settings_that_cannot_work_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(CONFIG, **change)

@@ -105,6 +105,15 @@ def test_t5_buckets(distance, bucket):
   assert int(found[0]) == bucket
 
 
+@pytest.mark.parametrize('causal, exact', [(True, 16), (False, 8)])
+def test_the_shortest_maximum_that_is_allowed_keeps_buckets_in_order(causal, exact):
+  config = dataclasses.replace(SMALL, positions='t5', causal=causal, relative_max_distance=exact + 1)
+  buckets = transformer.relative_bucket(-jnp.arange(64), causal=causal, buckets=config.relative_buckets,
+                                        max_distance=config.relative_max_distance)
+  assert buckets[:exact].tolist() == list(range(exact)) and bool((jnp.diff(buckets) >= 0).all())
+  assert int(buckets.max()) == 2 * exact - 1
+
+
 def test_a_longer_maximum_tells_distant_positions_apart():
   # T5's 128 positions are 0.64 s of coarse tokens: beyond that, everything would look the same.
   buckets = transformer.relative_bucket(-jnp.array([200, 1000, 2000]), causal=True, buckets=32, max_distance=2304)
@@ -130,7 +139,13 @@ def test_dropout_is_one_mask_an_example(x_BxLxD):
 
 @pytest.mark.parametrize('changes, words', [
     ({'positions': 'sine'}, 'positions'), ({'norm': 'batch'}, 'norm'), ({'activation': 'x'}, 'activation'),
-    ({'width': 15}, 'head_dim')])
+    ({'width': 15}, 'head_dim'), ({'heads': 0}, 'heads must be at least 1'), ({'depth': 0}, 'depth must be at least 1'),
+    ({'attention_block': -1}, 'attention_block must be at least 0'),
+    ({'dropout': -0.1}, 'dropout must be'), ({'dropout': 1.0}, 'dropout must be'),
+    ({'dropout': 0.999}, 'dropout must be'), ({'dropout': 0.001}, 'dropout must be'),  # rounded to all, to none
+    ({'positions': 't5', 'relative_max_distance': 16}, '16 nearest distances .* must be greater, found 16'),
+    ({'positions': 't5', 'relative_buckets': 1}, 'one such distance at least'),
+    ({'positions': 't5', 'causal': False, 'relative_max_distance': 8}, 'of 32 relative_buckets the 8 nearest')])
 def test_wrong_choices_are_named(changes, words):
   with pytest.raises(ValueError, match=words):
     dataclasses.replace(SMALL, **changes)

@@ -93,6 +93,12 @@ def test_a_mesh_larger_than_the_machine_is_refused():
     Partitioner(data=8, fsdp=8).mesh  # noqa: B018
 
 
+@pytest.mark.parametrize('axis, size, least', [('data', -1, 0), ('fsdp', 0, 1), ('tensor', -2, 1), ('sequence', 0, 1)])
+def test_a_mesh_axis_without_a_device_is_refused(axis, size, least):
+  with pytest.raises(ValueError, match=f'mesh axis {axis} must be at least {least}, found {size}'):
+    Partitioner(**{axis: size})
+
+
 @pytest.mark.parametrize('rules, words', [
     ((*RULES, ('embed', ())), "'embed' twice"), ((('embedding', ()),), 'not a logical axis'),
     ((('embed', ('model',)),), "'model'")])

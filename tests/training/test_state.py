@@ -41,6 +41,8 @@ def test_frozen_parameters_stay():
   before, after, _ = one_step(Regression(), frozen=('w',))
   np.testing.assert_array_equal(before.params['w'], after.params['w'])
   assert not np.array_equal(before.params['extra'], after.params['extra'])
+  before, after, _ = one_step(Regression(), frozen=('',))
+  jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
 
 
 def test_each_group_is_clipped_on_its_own():
