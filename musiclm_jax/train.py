@@ -26,6 +26,7 @@ from musiclm_jax.training.state import Skeleton, TrainState
 from musiclm_jax.training.workdir import (
     all_or_none, check_same_everywhere, Interruption, make_writable, owned, Stopped)
 
+_COMPUTE = ('float32', 'bfloat16', 'float16')
 Batches = Callable[..., dict[str, np.ndarray]]  # (step, process_index, process_count) -> this process's rows
 
 
@@ -141,6 +142,9 @@ class Precision:
   """float32 parameters and optimizer always; `compute` is what the networks run in on the way.
 
   Attributes:
+    compute: "float32", "bfloat16" or "float16".
+    microbatches: parts of a batch whose gradients are taken one after another, to save memory.
+    ema_decay: of the moving average of the parameters, below 1; 0 for none.
     max_skipped: how many steps in succession whose gradient is not finite are left out before the run ends. They are
       counted in the metric `skipped`. With 0 none is left out: the run ends with the loss that follows.
   """
@@ -149,6 +153,15 @@ class Precision:
   microbatches: int = 1
   ema_decay: float = 0.0
   max_skipped: int = 0
+
+  def __post_init__(self):
+    if self.compute not in _COMPUTE:
+      raise ValueError(f'compute must be one of {", ".join(_COMPUTE)}, found {self.compute!r}')
+    if self.microbatches < 1 or self.max_skipped < 0:
+      raise ValueError('microbatches must be at least 1 and max_skipped at least 0, found '
+                       f'{self.microbatches} and {self.max_skipped}')
+    if not 0 <= self.ema_decay < 1:
+      raise ValueError(f'ema_decay must be at least 0 and below 1, found {self.ema_decay}')
 
 
 def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: str, num_steps: int,
@@ -178,16 +191,20 @@ def train(*, objective: Objective, batches: Batches, optimizer: Any, workdir: st
   """
   if cadence.tensorboard:
     tensorboard.check_installed()
+  if num_steps < 0:
+    raise ValueError(f'num_steps must be at least 0, found {num_steps}')
   wall = goodput.WallTime()
-  run = _Run(objective, optimizer, workdir, partitioner, precision, init_from, seed, data_processes)
-  run.check_batch(batches.batch_size)
-  lineage = run.lineage(batches)
-  if dry_run:
-    print(run.describe(batches, num_steps))
-    return None
   last = num_steps if stop_after is None else min(num_steps, stop_after)
-  with Interruption() as interruption, run.begun(batches, lineage, configuration, keep=cadence.keep) as checkpoints:
+  with contextlib.ExitStack() as stack:
     with wall.lost_to('start'):
+      run = _Run(objective, optimizer, workdir, partitioner, precision, init_from, seed, data_processes)
+      run.check_batch(batches.batch_size)
+      lineage = run.lineage(batches)
+      if dry_run:
+        print(run.describe(batches, num_steps))
+        return None
+      interruption = stack.enter_context(Interruption())
+      checkpoints = stack.enter_context(run.begun(batches, lineage, configuration, keep=cadence.keep))
       state = jax.block_until_ready(run.restore_or_create(checkpoints, batches))
     with wall.reported(workdir):
       state = _loop(run, state, batches, eval_batches, checkpoints, cadence, last, wall, interruption)

@@ -16,6 +16,20 @@ def test_a_run_that_would_keep_no_checkpoint_is_refused():
     train.Cadence(keep=0)
 
 
+@pytest.mark.parametrize('changes, words', [
+    ({'compute': 'float31'}, "float16, found 'float31'"), ({'compute': 'int32'}, 'compute must be one of float32'),
+    ({'microbatches': 0}, 'microbatches must be at least 1'), ({'max_skipped': -1}, 'max_skipped at least 0'),
+    ({'ema_decay': 1.0}, 'ema_decay must be .* below 1, found 1.0'), ({'ema_decay': -0.5}, 'ema_decay')])
+def test_a_precision_that_cannot_be_is_refused(changes, words):
+  with pytest.raises(ValueError, match=words):
+    train.Precision(**changes)
+
+
+def test_a_number_of_steps_below_none_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='num_steps must be at least 0, found -1'):
+    experiment('fine_lm', write_tokens(tmp_path / 'tokens'), NUM_STEPS=-1).build(workdir=str(tmp_path), dry_run=True)
+
+
 def test_a_fit_refuses_a_batch_that_the_mesh_does_not_divide(tmp_path):
   made = experiment('semantic_tokens', W2V_WORKDIR='nowhere', **{'batches.AudioBatches.batch_size': 4})
   with pytest.raises(ValueError, match='batch 4 is not a multiple of data x fsdp = 8'):

@@ -13,8 +13,8 @@ from absl import logging
 import jax
 
 FILE = 'goodput.jsonl'
-# Of restoring or creating the state; the first step, in which programs are compiled; waiting for batches; held-out
-# measurements; saves, until training goes on; steps that an earlier start had done and not saved.
+# Of reading other runs, and of restoring or creating the state; the first step, in which programs are compiled; waiting
+# for batches; held-out measurements; saves, until training goes on; steps that an earlier start had done and not saved.
 CAUSES = ('start', 'compilation', 'data', 'evaluation', 'checkpoints', 'steps done again')
 
 

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 from musiclm_jax.data import batches
-from musiclm_jax.training import goodput
-from tests.trainings import experiment, write_tokens
+from musiclm_jax.training import checkpoint, goodput
+from tests.trainings import experiment, save_random, write_tokens
 
 
 def test_shares_add_up(monkeypatch):
@@ -30,11 +31,15 @@ def test_shares_add_up(monkeypatch):
 
 
 def test_a_run_leaves_a_line_for_each_start(tmp_path, monkeypatch):
-  tokens = write_tokens(tmp_path / 'tokens')
+  tokens, donor = write_tokens(tmp_path / 'tokens'), tmp_path / 'donor'
+  save_random(donor, 'fine_lm', {})
+  load = checkpoint.load
+  monkeypatch.setattr(checkpoint, 'load', lambda *of: time.sleep(1) or load(*of))
 
   def run(steps):
-    experiment('fine_lm', tokens, NUM_STEPS=steps, CHECKPOINT_EVERY=2, **{'partition.Partitioner.data': 1}).build(
-        workdir=str(tmp_path / 'run'), dry_run=False)
+    made = experiment('fine_lm', tokens, NUM_STEPS=steps, CHECKPOINT_EVERY=2, INIT_FROM=donor,
+                      **{'partition.Partitioner.data': 1})
+    made.build(workdir=str(tmp_path / 'run'), dry_run=False)
 
   run(4)
   run(6)
@@ -45,6 +50,7 @@ def test_a_run_leaves_a_line_for_each_start(tmp_path, monkeypatch):
     run(12)
   lines = [json.loads(line) for line in (tmp_path / 'run' / goodput.FILE).read_text().splitlines()]
   assert [(line['first'], line['last']) for line in lines] == [(0, 4), (4, 6), (6, 9)]
+  assert lines[0]['start'] > 1  # reading the donor is no step
   for line in lines:
     assert 0 < line['goodput'] < 1 and line['compilation'] > 0 and (line['evaluation'] > 0) == (line['last'] != 9)
     assert sum(line[cause] for cause in goodput.CAUSES) + line['goodput'] * line['wall_seconds'] == pytest.approx(
