@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:
   sys.path.insert(0, str(ROOT))  # for what of the package needs no other: its parser, its table of chips
 USAGE_ERROR, FAILURE = 2, 1
 # Exit codes of `musiclm train` after which the same command would only do the same again, or was told not to go on:
-# a mistake in the configuration, Ctrl-C, SIGTERM.
+# a mistake on the command line or in a gin file, Ctrl-C, SIGTERM.
 FINAL = (2, 130, 143)
 
 quoted = shlex.join

@@ -305,7 +305,7 @@ def _comment(source: list[str], number: int) -> str:
 def _quoted(name: str, value: str) -> str:
   """A command-line value as gin text: itself if it is a literal, a reference or a macro, else a string."""
   if value.lower() in ('true', 'false', 'none') and value not in ('True', 'False', 'None'):
-    raise ConfigError(f'--gin.{name}={value}: write {value.capitalize()}')
+    raise ConfigError(f'--gin.{name}={value}: write {value.capitalize()}, or \'"{value}"\' for the text')
   text = f'value = {value}\n'
   try:
     parser = config_parser.ConfigParser(text, _Blank())

@@ -125,6 +125,7 @@ def test_what_an_override_puts_out_of_use_is_no_mistake(folder):
     (['SECONDS=abc'], "--gin.SECONDS: Stage.seconds takes float, not 'abc'"),
     (['SECONDS=2', 'CODES=True'], '--gin.CODES: TokenSpec.codebook_size takes int, not True'),
     (['SECONDS=true'], '--gin.SECONDS=true: write True'),
+    (['SECONDS=2', 'NAME=none'], '--gin.NAME=none: write None, or \'"none"\' for the text'),
     (['SECONDS=[1'], '--gin.SECONDS=[1: not a gin value'),
     (['SECONDS=2', 'eval/specs.Stage.seconds=3'], 'does not reach eval/specs.Stage'),
     (['SECONDS=2', 'RUN=3'], 'no line "RUN = @train.train"'),
