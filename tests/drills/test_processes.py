@@ -205,6 +205,15 @@ main.main(sys.argv[1:])
 
 
 @pytest.mark.slow
+def test_a_mesh_without_a_device_of_one_process_is_refused_by_both(environment, tokens, tmp_path):
+  arguments = command('fine_lm', tokens, tmp_path / 'run', 4, **{'partition.Partitioner.data': 1})
+  for process in group(arguments, environment):
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 1 and 'Traceback' not in errors
+    assert 'uses 1 of the 2 devices, none of process 1: choose another mesh file' in errors, errors[-3000:]
+
+
+@pytest.mark.slow
 def test_processes_with_another_configuration_are_refused(environment, tokens, tmp_path):
   arguments = command('fine_lm', tokens, tmp_path / 'run', 4)
   for process in group(arguments, environment, (['--gin.SEED=1'], ['--gin.SEED=2'])):
