@@ -1,7 +1,7 @@
 """The one trainer: `train` for everything with a gradient, `fit` for everything that is summed over a corpus."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -533,12 +533,12 @@ def _write_media(run: _Run, state: TrainState, batches: Batches, writer: metrics
 
 
 def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, init_from: InitFrom,
-        partitioner: Partitioner = Partitioner(), save_every: int = 20, seed: int = 0, dry_run: bool = False,
-        configuration: str = '') -> TrainState | None:
+        partitioner: Partitioner = Partitioner(), save_every: int = 20, seed: int = 0, data_processes: int = 0,
+        dry_run: bool = False, configuration: str = '') -> TrainState | None:
   """Fits, or continues to fit, `objective` on the features of `num_batches` batches.
 
   Each pass over the features is a step; every `save_every` of them are saved, and an interrupted fit continues from
-  there.
+  there. `data_processes` is that of `train`.
   """
   if jax.process_count() > 1:
     raise ValueError('a fit runs in one process, on all of its devices: start it once, without --distributed')
@@ -552,10 +552,10 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
   with Interruption() as interruption, run.begun(batches, lineage, configuration) as checkpoints:
     state = run.restore_or_create(checkpoints, batches)
     if int(state.step) < passes:
-      rows = accumulate.gather_features(
-          objective, run.skeleton, state.params, state.buffers,
-          (batches(i, jax.process_index(), jax.process_count()) for i in range(num_batches)), partitioner,
-          num_batches=num_batches, seed=seed)
+      with Prefetch(batches, 0, num_batches, processes=data_processes) as ahead:
+        rows = accumulate.gather_features(
+            objective, run.skeleton, state.params, state.buffers, _until_asked(ahead, interruption, int(state.step)),
+            partitioner, num_batches=num_batches, seed=seed)
       writer = metrics.MetricsWriter(workdir, int(state.step))
       for phase, done, buffers, values in accumulate.run(
           objective, state.buffers, rows, partitioner, run.run_key, first=int(state.step)):
@@ -570,3 +570,11 @@ def fit(*, objective: Fit, batches: Batches, num_batches: int, workdir: str, ini
   if int(state.step) < passes:
     raise Stopped(interruption.signal, int(state.step))
   return state
+
+
+def _until_asked(batches: Iterable[Any], interruption: Interruption, step: int) -> Iterator[Any]:
+  """The batches of a fit, which are no steps: it may end between any two of them."""
+  for batch in batches:
+    if interruption.signal:
+      raise Stopped(interruption.signal, step)
+    yield batch

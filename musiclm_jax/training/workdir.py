@@ -24,15 +24,15 @@ _LOCK = '.lock'
 
 
 class Stopped(Exception):
-  """The run was asked to end and did, with a checkpoint.
+  """The run was asked to end and did, with a checkpoint of the last step, where there was one.
 
   Attributes:
     exit_code: 128 + the signal's number, as shells count.
   """
 
   def __init__(self, number: int, step: int):
-    super().__init__(f'stopped by {signal.Signals(number).name} after step {step}, which is saved; run the same '
-                     'command again to go on')
+    done = f'after step {step}, which is saved' if step else 'before the first step'
+    super().__init__(f'stopped by {signal.Signals(number).name} {done}; run the same command again to go on')
     self.exit_code = 128 + number
 
 

@@ -2,16 +2,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 
 from flax import nnx
 import jax
 import numpy as np
 import pytest
 
+from musiclm_jax.data.batches import AudioBatches
 from musiclm_jax.semantic.tokenizer import KMEANS, NORMALISE, SemanticTokenizer
 from musiclm_jax.training import accumulate
 from musiclm_jax.training.partition import Partitioner
+from musiclm_jax.training.workdir import Stopped
 from tests.semantic import configs
+from tests.trainings import experiment, save_random, write_signals
 
 FIT = SemanticTokenizer(configs.encoder(), layer=1, codebook_size=32, iterations=4, seconds=0.8, decorrelate=True)
 KEY = jax.random.key(3)
@@ -88,3 +93,21 @@ def test_a_large_corpus_gives_as_many_rows_of_each_batch(monkeypatch):
   assert some.shape == (3 * 5, 2) and {tuple(x) for x in some} <= {tuple(x) for x in whole}
   np.testing.assert_array_equal(some, gather(0))
   assert (some != gather(1)).any()
+
+
+def test_a_fit_ends_between_two_batches_where_it_is_asked_to(tmp_path, monkeypatch):
+  save_random(tmp_path / 'w2v_bert', 'w2v_bert', {}, RECORDS='nowhere')
+  read, original = [], AudioBatches.__call__
+
+  def batch(self, step, *hosts):
+    read.append(step)
+    if step == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, step, *hosts)
+
+  monkeypatch.setattr(AudioBatches, '__call__', batch)
+  built = experiment('semantic_tokens', RECORDS=write_signals(tmp_path / 'audio'), W2V_WORKDIR=tmp_path / 'w2v_bert',
+                     SEMANTIC_TOKENS_BATCHES=1000, **{'partition.Partitioner.data': 1})
+  with pytest.raises(Stopped, match='by SIGTERM before the first step; run the same command') as stopped:
+    built.build(workdir=str(tmp_path / 'semantic_tokens'), dry_run=False)
+  assert stopped.value.exit_code == 143 and len(read) < 50
