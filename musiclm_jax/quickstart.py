@@ -54,7 +54,17 @@ class Step:
 
 
 class StepFailed(RuntimeError):
-  """A step ended with an error; the message is its last line."""
+  """A step ended with an error, whose last line is in the message, or was killed, which says by what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+  """A step that was started. `begun`: when; `written`: bytes that earlier starts have left in its log."""
+
+  process: subprocess.Popen
+  lane: int
+  begun: float
+  written: int
 
 
 def plan(root: pathlib.Path, *, audio_dir: str | None, captions: str | None, size: str, seed: int) -> list[Step]:
@@ -152,13 +162,16 @@ class _Scheduler:
     lanes = [self.processors[:half], self.processors[half:2 * half]] if half else [self.processors]
     # A TPU belongs to one process; a second one would train on the CPU, and say so nowhere.
     self.lanes = [self.processors] if _has_tpu() else lanes
-    self.running: dict[str, tuple[subprocess.Popen, int, float]] = {}
+    self.running: dict[str, _Running] = {}
 
   def _marker(self, name: str) -> dict[str, Any]:
     try:
       return json.loads((self.root / 'steps' / f'{name}.json').read_text())
     except (OSError, ValueError):
       return {}
+
+  def _log(self, name: str) -> pathlib.Path:
+    return self.root / 'logs' / f'{name}.log'
 
   def run(self) -> None:
     for name in (s.name for s in self.steps if s.name in self.done):
@@ -171,7 +184,7 @@ class _Scheduler:
         self._collect()
         time.sleep(0.1)
     finally:
-      running = [process for process, _, _ in self.running.values()]
+      running = [started.process for started in self.running.values()]
       for process in running:
         process.terminate()
       for process in running:  # they save the step at hand, and would be killed when this process ends
@@ -184,13 +197,16 @@ class _Scheduler:
     ready = [s for s in self.steps if s.name not in self.done and s.name not in self.running
              and self.done.issuperset(s.after)]
     for step in ready:
-      free = [lane for lane in range(len(self.lanes)) if lane not in {lane for _, lane, _ in self.running.values()}]
+      taken = {started.lane for started in self.running.values()}
+      free = [lane for lane in range(len(self.lanes)) if lane not in taken]
       if not free:
         return
       processors = self.processors if step.all_processors else self.lanes[free[0]]
       gpus = _gpus()[free[0]:free[0] + 1]  # a lane has one of its own where there are several
       own = {'CUDA_VISIBLE_DEVICES': gpus[0]} if gpus and not step.all_processors else {}
-      self.running[step.name] = (self._start(step, processors, own), free[0], time.monotonic())
+      log = self._log(step.name)
+      written = log.stat().st_size if log.exists() else 0
+      self.running[step.name] = _Running(self._start(step, processors, own), free[0], time.monotonic(), written)
 
   def _start(self, step: Step, processors: list[int], environment: dict[str, str]) -> subprocess.Popen:
     print(f'{step.name}: musiclm {" ".join(step.arguments)}', flush=True)
@@ -204,7 +220,7 @@ class _Scheduler:
   def _relay(self, name: str, process: subprocess.Popen) -> None:
     """The step's output to its log, and a line of it now and then to the terminal."""
     shown = 0.0
-    with open(self.root / 'logs' / f'{name}.log', 'a', encoding='utf-8') as log:
+    with open(self._log(name), 'a', encoding='utf-8') as log:
       for line in process.stdout:
         log.write(line)
         log.flush()
@@ -213,17 +229,15 @@ class _Scheduler:
           print(f'  {line.rstrip()}', flush=True)
 
   def _collect(self) -> None:
-    for name, (process, _, begun) in list(self.running.items()):
-      code = process.poll()
+    for name, started in list(self.running.items()):
+      code = started.process.poll()
       if code is None:
         continue
       del self.running[name]
-      log = self.root / 'logs' / f'{name}.log'
       if code:
         time.sleep(0.5)  # the relay may still be writing
-        lines = [line for line in log.read_text(errors='replace').splitlines() if line.strip()]
-        raise StepFailed(f'step {name} failed: {lines[-1] if lines else f"exit code {code}"} (all of it: {log})')
-      seconds = time.monotonic() - begun
+        raise StepFailed(f'step {name} {_ending(code, self._log(name), started.written)}')
+      seconds = time.monotonic() - started.begun
       marker = {'key': self.keys[name], 'wall_seconds': round(seconds, 1), 'seed': self.seed}
       partial = self.root / 'steps' / f'.{name}.partial'
       partial.write_text(json.dumps(marker))
@@ -240,6 +254,18 @@ class _Scheduler:
                           env={**_DEFAULTS, **os.environ})
     if not done.returncode:
       print(f'first sound: {self.root / "samples"} (clips, and what the codec makes of them)', flush=True)
+
+
+def _ending(code: int, log: pathlib.Path, written: int) -> str:
+  """What a step ended with, for a code that is not 0 and a log to which earlier starts had `written` bytes."""
+  where = f'(all of it: {log})'
+  if code < 0:  # a killed process says nothing itself; its last line is of its progress
+    names = {s.value: s.name for s in signal.Signals}
+    memory = '; out of memory?' if code == -signal.SIGKILL else ''
+    return f'was killed ({names.get(-code, f"signal {-code}")}{memory}) {where}'
+  text = log.read_bytes()[written:].decode(errors='replace') if log.exists() else ''
+  lines = [line for line in text.splitlines() if line.strip()]
+  return f'failed: {lines[-1] if lines else f"exit code {code}"} {where}'
 
 
 def _interrupted(number: int, frame: types.FrameType | None) -> None:
@@ -272,6 +298,7 @@ def _in_child(processors: list[int]) -> Callable[[], None]:
   def prepare() -> None:
     if libc is not None:
       libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on writing to the workdir
+    if hasattr(os, 'sched_setaffinity'):
       os.sched_setaffinity(0, processors)
 
   return prepare

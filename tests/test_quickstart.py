@@ -50,6 +50,43 @@ def test_every_step_is_a_command_and_the_last_one_exports(tmp_path, own):
   assert last.replace and last.licence == ('unknown' if own else 'CC0-1.0')
 
 
+def scheduled(root, *arguments):
+  """A scheduler of one step, whose command is no command of ours where Python is told so."""
+  for folder in ('steps', 'logs'):
+    (root / folder).mkdir(exist_ok=True)
+  return quickstart._Scheduler(root, [quickstart.Step('codec', arguments)], 0)
+
+
+def stands_in(monkeypatch, tmp_path, code):
+  """Has each step run this Python code."""
+  script = tmp_path / 'step.sh'
+  script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
+  script.chmod(0o755)
+  monkeypatch.setattr(sys, 'executable', str(script))
+
+
+def test_a_step_that_was_killed_says_so_and_not_how_far_it_was(tmp_path, monkeypatch):
+  stands_in(monkeypatch, tmp_path, "import os; print('step 100, 3 steps/s', flush=True); os.kill(os.getpid(), 9)")
+  with pytest.raises(quickstart.StepFailed, match='^step codec was killed .SIGKILL; out of memory.. .all of it: '):
+    scheduled(tmp_path).run()
+
+
+def test_a_step_fails_for_what_this_start_wrote(tmp_path, monkeypatch):
+  stands_in(monkeypatch, tmp_path, 'raise SystemExit(3)')
+  scheduler = scheduled(tmp_path)
+  (tmp_path / 'logs' / 'codec.log').write_text('an error of yesterday\n')
+  with pytest.raises(quickstart.StepFailed, match='^step codec failed: exit code 3 '):
+    scheduler.run()
+
+
+def test_a_system_without_affinity_runs_steps_on_any_processor(tmp_path, monkeypatch):
+  stands_in(monkeypatch, tmp_path, 'pass')
+  monkeypatch.delattr('os.sched_setaffinity', raising=False)
+  monkeypatch.setattr(quickstart._Scheduler, '_first_sound', lambda self: None)
+  scheduled(tmp_path).run()
+  assert json.loads((tmp_path / 'steps' / 'codec.json').read_text())['seed'] == 0
+
+
 @pytest.mark.slow
 def test_it_ends_with_music_and_a_report(finished):
   report = json.loads((finished / 'report.json').read_text())
