@@ -37,7 +37,7 @@ _FRAMES_PER_CODE = 20
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One system on all clips; means over clips, 95% intervals by bootstrap over recordings.
+  """One system on all clips; means over clips, 95% intervals by bootstrap over recordings (None: too few of them).
 
   Attributes:
     system: codec, opus, untrained (the same network before training, with all levels), mismatched (a clip of another
@@ -56,9 +56,9 @@ class Row:
   entropy_bits_per_second: float | None
   clips: int
   si_sdr_db: float
-  si_sdr_db_interval: tuple[float, float]
+  si_sdr_db_interval: tuple[float | None, float | None]
   mel_distance: float
-  mel_distance_interval: tuple[float, float]
+  mel_distance_interval: tuple[float | None, float | None]
   log_spectral_distance_db: float
 
   @property
@@ -272,8 +272,7 @@ class _Measured:
   def _row(self, system: str, levels: int | None = None, bits: float | None = None,
            entropy: float | None = None) -> Row:
     sdr, mel, spectral = (np.concatenate(values) for values in zip(*self._found[system]))
-    interval = lambda values: (lambda i: (i.low, i.high))(
-        statistics.bootstrap_interval(values, np.array(self.recordings)))
+    interval = lambda values: tuple(statistics.bootstrap_interval(values, np.array(self.recordings)).bounds)
     return Row(system.partition(' ')[0], levels, bits, entropy, len(sdr), float(sdr.mean()), interval(sdr),
                float(mel.mean()), interval(mel), float(spectral.mean()))
 

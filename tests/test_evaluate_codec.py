@@ -112,8 +112,7 @@ def test_what_stands_beside_the_codec(run, folder, tmp_path):
     assert kinds.count('opus') == 3
     assert rows['opus at 24 kbit/s'].si_sdr_db > rows['opus at 6 kbit/s'].si_sdr_db
     assert rows['opus at 12 kbit/s'].bits_per_second == pytest.approx(12000, rel=0.06)
-  low, high = rows['mismatched'].mel_distance_interval
-  assert low <= rows['mismatched'].mel_distance <= high
+  assert rows['mismatched'].mel_distance_interval == (None, None)  # of three recordings
   text = result.text()
   assert all(name in text for name in rows) and 'entropy:' in text
 
@@ -130,7 +129,7 @@ def test_files_hold_what_is_returned(run, folder, tmp_path, monkeypatch):
   assert len(table) == len(content['rows']) == len(result.rows)
   for row, line in zip(result.rows, table):
     assert line['system'] == row.system and float(line['mel_distance']) == row.mel_distance
-    assert float(line['si_sdr_db_low']) == row.si_sdr_db_interval[0]
+    assert line['si_sdr_db_low'] == '' and row.si_sdr_db_interval[0] is None
   assert (tmp_path / 'out' / 'codec.png').read_bytes().startswith(b'\x89PNG')
   assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['codec.csv', 'codec.json', 'codec.png']
 

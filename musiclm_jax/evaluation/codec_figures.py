@@ -17,7 +17,7 @@ from musiclm_jax.training import state as states
 def codec_figures(
     model: Any, clips_BxN: np.ndarray, codebook_size: int, *, untrained: Any = None,
     levels: Sequence[int] = (1, 4, 12), more_clips_MxN: np.ndarray | None = None, sample_rate: int = 24000,
-    batch_size: int = 8) -> dict[str, Any]:
+    recordings_B: Sequence[str] | None = None, batch_size: int = 8) -> dict[str, Any]:
   """Figures of section `codec` of the report.
 
   Args:
@@ -26,9 +26,11 @@ def codec_figures(
     untrained: the same network before training, for its mel distance; None leaves that row out.
     levels: numbers of levels to decode from; the largest gives the headline figures.
     more_clips_MxN: further held-out clips that only the code statistics use (no decoding is needed).
+    recordings_B: which recording each clip is from; intervals draw whole recordings. By default each has its own.
   """
   levels = tuple(sorted(levels))
   clips_BxN = np.asarray(clips_BxN, np.float32)
+  recordings_B = np.arange(len(clips_BxN)) if recordings_B is None else np.asarray(recordings_B)
   codes_BxFxQ, decoded = audio_measures.round_trip(model, clips_BxN, levels, batch_size=batch_size)
   by_level = {
       q: (audio_measures.mel_distance(clips_BxN, audio, sample_rate=sample_rate),
@@ -44,10 +46,10 @@ def codec_figures(
       **{f'mel_distance_{name}': float(value.mean()) for name, value in baselines.items()},
       'mel_distance_by_levels': {str(q): float(mel.mean()) for q, (mel, _) in by_level.items()},
       'si_sdr_db': float(sdr_B[heard].mean()),
-      'si_sdr_db_interval': _interval(sdr_B[heard]),
+      'si_sdr_db_interval': statistics.bootstrap_interval(sdr_B[heard], recordings_B[heard]).bounds,
       'si_sdr_db_median': float(np.median(sdr_B[heard])),
       'si_sdr_db_by_levels': {str(q): float(sdr[heard].mean()) for q, (_, sdr) in by_level.items()},
-      'mel_distance_interval': _interval(mel_B),
+      'mel_distance_interval': statistics.bootstrap_interval(mel_B, recordings_B).bounds,
   }
   codes = [codes_BxFxQ.reshape(-1, codes_BxFxQ.shape[-1])]
   if more_clips_MxN is not None and len(more_clips_MxN):
@@ -60,11 +62,6 @@ def codec_figures(
     figures['mel_distance_untrained'] = float(
         audio_measures.mel_distance(clips_BxN, before[levels[-1]], sample_rate=sample_rate).mean())
   return figures
-
-
-def _interval(values_B: np.ndarray) -> list[float]:
-  interval = statistics.bootstrap_interval(values_B)
-  return [interval.low, interval.high]
 
 
 def code_figures(counts_QxK: np.ndarray) -> dict[str, Any]:

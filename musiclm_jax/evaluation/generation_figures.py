@@ -48,7 +48,7 @@ def judge_figures(
   interval = statistics.bootstrap_interval(right_PxS.reshape(-1), groups, seed=seed)
   return {
       'judge_timbre': interval.value,
-      'judge_timbre_interval': [interval.low, interval.high],
+      'judge_timbre_interval': interval.bounds,
       'judge_chance': max(statistics.majority_share(timbres_P), 1.0 / len(judge.classes)),
       'judge_classes': list(judge.classes),
   }

@@ -136,7 +136,7 @@ def probe_figures(tokens: Mapping[str, np.ndarray], codebook_size: int, asked: M
     for tokenizer, tokens_NxF in tokens.items():
       right = answered(probe, tokens_NxF, codebook_size, folds=folds, seed=seed)
       interval = statistics.bootstrap_interval(right, clips, seed=seed)
-      found |= {tokenizer: interval.value, f'{tokenizer}_interval': [interval.low, interval.high]}
+      found |= {tokenizer: interval.value, f'{tokenizer}_interval': interval.bounds}
     figures[name] = {**found, 'chance': statistics.majority_share(probe.answers), 'clips': len(np.unique(clips))}
   return figures
 

@@ -51,7 +51,7 @@ def stage_figures(
   figures = {
       'crops': len(bits_N), 'recordings': int(len(np.unique(recordings_N))),
       'bits_per_token': float(bits_NxFxQ.mean()),
-      'bits_per_token_interval': [interval.low, interval.high],
+      'bits_per_token_interval': interval.bounds,
       'bigram_bits_per_token': float(bigram.mean()),
       'unigram_bits_per_token': float(unigram.mean()),
       'uniform_bits_per_token': math.log2(size),
@@ -75,7 +75,7 @@ def stage_figures(
     first = statistics.bootstrap_interval(gap_first_N, recordings_N, seed=seed)
     figures['condition_gap'][condition.name] = {
         **gap.as_dict('bits'), 'bits_first_frame': first.value,
-        'interval_first_frame': [first.low, first.high]}
+        'interval_first_frame': first.bounds}
   return figures
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import numpy as np
+from scipy import special
 
 from musiclm_jax.data import token_counts
 
@@ -108,23 +109,33 @@ def paired_permutation_test(
   return float(np.mean(signs_SxN @ difference_N >= observed - slack))
 
 
+_LEAST_GROUPS = 5  # fewer say nothing of how much groups differ: two often agree by chance
+
+
 @dataclasses.dataclass(frozen=True)
 class Interval:
   value: float
   low: float
   high: float
 
-  def as_dict(self, name: str = 'value') -> dict[str, float | list[float]]:
-    return {name: self.value, 'interval': [self.low, self.high]}
+  @property
+  def bounds(self) -> list[float | None]:
+    """[low, high] as JSON can hold them: None for what is not bounded, which reaches no bar."""
+    return [end if math.isfinite(end) else None for end in (self.low, self.high)]
+
+  def as_dict(self, name: str = 'value') -> dict[str, float | list[float | None]]:
+    return {name: self.value, 'interval': self.bounds}
 
 
 def bootstrap_interval(
     values_N: np.ndarray, groups_N: np.ndarray | None = None, *, confidence: float = 0.95,
     samples: int = 4000, seed: int = 0) -> Interval:
-  """Mean of the values with a percentile bootstrap interval over groups (recordings; default: each value).
+  """Mean of the values with a bootstrap interval over groups (recordings; default: each value).
 
   Values of one recording are not independent, so whole recordings are drawn with replacement; the mean is
-  over values, each recording weighing as many as it has.
+  over values, each recording weighing as many as it has. Percentiles of the draws alone claim too much where there are
+  few groups (5 of them cover the mean 83 times of 100 for 95): they are moved away from it by as much as Student's t
+  is wider than a normal distribution, but not beyond the mean of every group. Fewer than 5 groups bound nothing.
   """
   values_N = np.asarray(values_N, np.float64)
   groups_N = np.arange(len(values_N)) if groups_N is None else np.asarray(groups_N)
@@ -133,11 +144,17 @@ def bootstrap_interval(
   _, index_N = np.unique(groups_N, return_inverse=True)
   totals_G = np.bincount(index_N, weights=values_N)
   counts_G = np.bincount(index_N).astype(np.float64)
+  mean, groups = float(values_N.mean()), int(index_N.max()) + 1
+  if groups < _LEAST_GROUPS:
+    return Interval(mean, -math.inf, math.inf)
   draws_SxG = np.random.default_rng(seed).integers(0, len(totals_G), (samples, len(totals_G)))
   means_S = totals_G[draws_SxG].sum(1) / counts_G[draws_SxG].sum(1)
   tail = (1 - confidence) / 2
-  low, high = np.quantile(means_S, [tail, 1 - tail])
-  return Interval(float(values_N.mean()), float(low), float(high))
+  wider = special.stdtrit(groups - 1, 1 - tail) / special.ndtri(1 - tail) * math.sqrt(groups / (groups - 1))
+  means_G = totals_G / counts_G
+  ends = mean + wider * (np.quantile(means_S, [tail, 1 - tail]) - mean)
+  low, high = np.clip(ends, means_G.min(), means_G.max())
+  return Interval(mean, float(low), float(high))
 
 
 def majority_share(labels_N: Sequence) -> float:

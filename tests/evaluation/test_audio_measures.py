@@ -161,8 +161,16 @@ def test_codec_figures_improve_with_levels_and_are_complete():
   assert figures['perplexity_frames'] == 5 * 25
   assert len(figures['perplexity_share']) == 4
   np.testing.assert_allclose(figures['perplexity_share'], 1.0, atol=0.01)
-  low, high = figures['si_sdr_db_interval']
-  assert low <= figures['si_sdr_db'] <= high
+  assert figures['si_sdr_db_interval'] == [None, None]  # of two clips
+
+
+def test_clips_of_one_recording_do_not_narrow_the_interval():
+  noise = np.random.default_rng(0).standard_normal((8, 4800)).astype(np.float32)
+  clips = np.repeat(noise * np.linspace(0.05, 0.4, 8)[:, None].astype(np.float32), 2, axis=0)
+  found = [codec_figures.codec_figures(Codec(), clips, 8, levels=(4,), batch_size=16, recordings_B=recordings)
+           for recordings in (None, np.repeat(list('abcdefgh'), 2))]
+  alone, by_recording = (f['si_sdr_db_interval'][1] - f['si_sdr_db_interval'][0] for f in found)
+  assert by_recording > 1.2 * alone
 
 
 def test_too_many_levels_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from musiclm_jax.evaluation import statistics
+from musiclm_jax.evaluation import bars, statistics
 
 K = 16
 
@@ -93,6 +93,26 @@ def test_intervals_cover_the_mean_and_respect_groups():
   wide = statistics.bootstrap_interval(values, groups)
   narrow = statistics.bootstrap_interval(values)
   assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+
+
+@pytest.mark.parametrize('groups', [5, 8, 20])
+def test_intervals_over_few_groups_cover_the_mean_as_often_as_they_say(groups):
+  rng = np.random.default_rng(0)
+  found = [statistics.bootstrap_interval(rng.standard_normal(groups), samples=400, seed=i) for i in range(400)]
+  assert np.mean([i.low <= 0 <= i.high for i in found]) > 0.9
+
+
+def test_fewer_than_five_groups_bound_nothing():
+  values, groups = np.repeat([1.0, 1.0, 0.9, 1.0], 50), np.repeat(np.arange(4), 50)
+  found = statistics.bootstrap_interval(values, groups)
+  assert found.value == pytest.approx(0.975) and found.low == -np.inf and found.high == np.inf
+  assert found.as_dict() == {'value': found.value, 'interval': [None, None]}
+  assert not bars.evaluate(bars.Bar('gap.interval[0]', '>', 0.0, ''), {'gap': found.as_dict()}).passed
+
+
+def test_an_interval_of_shares_stays_between_nothing_and_all():
+  found = statistics.bootstrap_interval(np.array([0.0, 0, 0, 0, 0, 1]))
+  assert found.bounds[0] == 0 and found.bounds[1] <= 1
 
 
 def test_recall_of_perfect_constant_and_random_scores():
