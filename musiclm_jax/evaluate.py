@@ -31,7 +31,7 @@ from musiclm_jax.evaluation import (
 from musiclm_jax.evaluation.batched import in_batches
 from musiclm_jax.evaluation.report import Clip, Players
 from musiclm_jax.generate import pipeline
-from musiclm_jax.training import checkpoint
+from musiclm_jax.training import checkpoint, goodput
 
 # Where a quickstart keeps what is not a trained network.
 RECORDS, TOKENS, BASELINES = 'records', 'tokens', 'baselines'
@@ -121,7 +121,7 @@ def _runs(root: pathlib.Path) -> list[report.Run]:
     marker = root / 'steps' / f'{folder.name}.json'
     recorded = json.loads(marker.read_text()) if marker.exists() else {}
     runs.append(report.Run(
-        folder.name, recorded.get('seed', 0), step, recorded.get('wall_seconds', 0.0),
+        folder.name, loaded.made_with.get('seed', recorded.get('seed')), step, seconds,
         specs.fingerprint(loaded.objective), sum(x.size for x in jax.tree.leaves(loaded.params)), metrics_file))
   return runs
 
@@ -140,6 +140,8 @@ class _Measure:
   def __init__(self, root: pathlib.Path, seed: int, amounts: Amounts):
     self.root, self.seed, self.amounts = root, seed, amounts
     self.cascade = Cascade(root)
+    # The marker knows the last start alone.
+    seconds = goodput.total_seconds(folder) or recorded.get('wall_seconds', 0.0)
     self.audio = records.RecordSet(root / RECORDS, 'test')
     self.rate = self.audio.header.streams['audio']['sample_rate']
     self.pairs, self.notes = self._pairs()

@@ -29,14 +29,15 @@ class Run:
 
   Attributes:
     name: as a reader knows it ("codec").
-    seed, steps: of the run. wall_seconds: time it took, 0 where unknown.
+    seed, steps: of the run; the seed is None where unknown. wall_seconds: time that all its starts took, 0 where
+      unknown.
     configuration_hash: fingerprint of its objective.
     parameters: trainable numbers, 0 where unknown.
     metrics_file: its metrics.jsonl, for the loss curves.
   """
 
   name: str
-  seed: int
+  seed: int | None
   steps: int
   wall_seconds: float
   configuration_hash: str

@@ -74,6 +74,16 @@ def write(workdir: str | os.PathLike, report: dict[str, float]) -> None:
       file.write(json.dumps(report) + '\n')
 
 
+def total_seconds(workdir: str | os.PathLike) -> float:
+  """Wall time of all starts of a run that have ended by themselves; 0 where there is none, as for a fit."""
+  path = pathlib.Path(workdir) / FILE
+  total = 0.0
+  for line in path.read_text().splitlines() if path.exists() else []:
+    with contextlib.suppress(ValueError):  # half-written by a process that was killed
+      total += json.loads(line)['wall_seconds']
+  return total
+
+
 def words(report: dict[str, float]) -> str:
   """'93% of 12.0 min went into steps; start 1%, compilation 4%, data 2%'."""
   share = lambda seconds: seconds / max(report['wall_seconds'], 1e-9)

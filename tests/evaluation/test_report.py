@@ -121,7 +121,7 @@ def written(tmp_path_factory):
   tone = 0.2 * np.sin(np.arange(12000) / 10).astype(np.float32)
   content = report.write_report(
       directory / 'out', with_figure('codec.si_sdr_db', np.float32(1.5)),
-      [report.Run('codec', 0, 100, 75.0, 'abc123', 10000, metrics), report.Run('mulan', 1, 50, 10.0, 'def')],
+      [report.Run('codec', 0, 100, 75.0, 'abc123', 10000, metrics), report.Run('mulan', None, 50, 10.0, 'def')],
       [report.Players('<b>prompt & "quotes"</b>', (report.Clip('sample', tone),)),
        report.Players('Round trip', (report.Clip('clip', tone), report.Clip('12 levels', tone)), 'codec')],
       notes=['MuLan was trained on the built-in pairs.'], environment={'jax': '0.10.2'})
@@ -153,6 +153,7 @@ def test_the_page_is_self_contained(written):
   for words in ('viewport', 'MuLan was trained on the built-in pairs.', 'What it would take', 'missed',
                 'abc123', 'Mel distance', 'Unigram', 'Tempo class'):
     assert words in page
+  assert '<td>50</td><td>–</td>' in page  # a seed that is not known is not 0
 
 
 def test_players_are_lossless(written):

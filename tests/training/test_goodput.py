@@ -57,5 +57,14 @@ def test_a_run_leaves_a_line_for_each_start(tmp_path, monkeypatch):
         line['wall_seconds'])
 
 
+def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path):
+  assert goodput.total_seconds(tmp_path) == 0
+  for seconds in (20.0, 10.5):
+    goodput.write(tmp_path, {'wall_seconds': seconds})
+  with (tmp_path / goodput.FILE).open('a') as file:
+    file.write('{"first": 3, "wall_sec')  # a disk that was full
+  assert goodput.total_seconds(tmp_path) == 30.5
+
+
 def _raise(error):
   raise error
