@@ -109,6 +109,26 @@ def write_round_trips(workdir: str | os.PathLike, count: int = 2) -> list[pathli
   return sorted(folder.glob('*.wav'))
 
 
+def _rate(corpus: records.RecordSet) -> int:
+  return corpus.header.streams['audio']['sample_rate']
+
+
+def _described(corpus: records.RecordSet) -> list[int]:
+  """Indices of the clips that have a text."""
+  return [i for i, kinds in enumerate(corpus.text_kinds) if kinds]
+
+
+def _composed(example: Mapping[str, Any]) -> bool:
+  """Whether a clip is of the built-in music, whose every fact is known."""
+  return 'lead' in (example.get('attributes') or {})
+
+
+def _levels(codec: checkpoint.Loaded) -> tuple[int, ...]:
+  """How many levels to decode from: one, few and all."""
+  levels = codec.objective.token_spec.levels
+  return tuple(sorted({1, min(4, levels), levels}))
+
+
 def _runs(root: pathlib.Path) -> list[report.Run]:
   """The trainings of a workdir, with what is recorded of each."""
   runs = []
@@ -120,6 +140,8 @@ def _runs(root: pathlib.Path) -> list[report.Run]:
     loaded = checkpoint.load(folder)
     marker = root / 'steps' / f'{folder.name}.json'
     recorded = json.loads(marker.read_text()) if marker.exists() else {}
+    # The marker knows the last start alone.
+    seconds = goodput.total_seconds(folder) or recorded.get('wall_seconds', 0.0)
     runs.append(report.Run(
         folder.name, loaded.made_with.get('seed', recorded.get('seed')), step, seconds,
         specs.fingerprint(loaded.objective), sum(x.size for x in jax.tree.leaves(loaded.params)), metrics_file))
@@ -140,10 +162,8 @@ class _Measure:
   def __init__(self, root: pathlib.Path, seed: int, amounts: Amounts):
     self.root, self.seed, self.amounts = root, seed, amounts
     self.cascade = Cascade(root)
-    # The marker knows the last start alone.
-    seconds = goodput.total_seconds(folder) or recorded.get('wall_seconds', 0.0)
     self.audio = records.RecordSet(root / RECORDS, 'test')
-    self.rate = self.audio.header.streams['audio']['sample_rate']
+    self.rate = _rate(self.audio)
     self.pairs, self.notes = self._pairs()
 
   def _pairs(self) -> tuple[records.RecordSet, list[str]]:
@@ -155,29 +175,46 @@ class _Measure:
     if not (pairs := self.root / MORE_PAIRS).is_dir():
       return self.audio, []
     note = 'MuLan was trained on the captions and, as often, on the built-in music and its texts'
-    described = sum(map(bool, self.audio.text_kinds))
-    if described >= self.amounts.prompts:
-      return self.audio, [f'{note}; what concerns texts is measured on the held-out clips that have a caption.']
+    said: set[str] = set()  # clips of one recording have its caption in common
+    for i in _described(self.audio)[:self.amounts.clips]:
+      said |= set(self.texts([self.audio[i]], 'test'))
+      if len(said) >= self.amounts.prompts:
+        return self.audio, [f'{note}; what concerns texts is measured on the held-out clips that have a caption.']
     return records.RecordSet(pairs, 'test'), [
-        f'{note}; what concerns texts is measured there, as only {described} held-out clips have a caption.']
+        f'{note}; what concerns texts is measured there, as the held-out clips have only {len(said)} different '
+        'captions.']
 
-  @functools.cached_property
-  def seconds(self) -> float:
-    """Length of the clips that are compared: that of the shortest, in whole seconds, 10 s at most."""
-    return float(max(1, min(10, math.floor(np.min(self.audio.durations)))))
+  def seconds(self, corpus: records.RecordSet) -> float:
+    """Length of the clips of a corpus that are compared: whole seconds, 10 at most, that nine tenths of them have."""
+    seconds = math.floor(audio_measures.common_length(corpus.durations, 10.0))
+    if not seconds:
+      raise ValueError(f'more than a tenth of the clips of split {corpus.split!r} of {corpus.directory} are shorter '
+                       'than a second')
+    return float(seconds)
 
-  def clips(self, corpus: records.RecordSet, count: int, chosen: Sequence[int] | None = None
-            ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """The first clips of a split, or the chosen ones [N, T], and their examples without audio."""
-    length = specs.frames_in(self.seconds, self.rate)
-    chosen = chosen[:count] if chosen is not None else range(min(count, len(corpus)))
+  def clips(self, corpus: records.RecordSet, count: int, chosen: Sequence[int] | None = None, *,
+            seconds: float | None = None) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The first clips of a split, or the first of the chosen ones [N, T], and their examples without audio.
+
+    Clips shorter than `seconds` (those of the corpus, where they are not given) are left out. Raises ValueError where
+    none is left, or they are not mono.
+    """
+    if (channels := records.channels_of(corpus.header)) > 1:
+      raise ValueError(f'{corpus.directory} has {channels} channels; only mono can be measured here')
+    seconds = self.seconds(corpus) if seconds is None else seconds
+    length = specs.frames_in(seconds, _rate(corpus))
+    long_enough = corpus.durations * _rate(corpus) > length - 0.5  # seconds are rounded, samples are not
+    chosen = [i for i in (range(len(corpus)) if chosen is None else chosen) if long_enough[i]][:count]
+    if not chosen:
+      raise ValueError(f'no clip of split {corpus.split!r} of {corpus.directory} that could be measured has '
+                       f'{seconds:g} s')
     audio_NxT = np.zeros((len(chosen), length), np.float32)
     examples = []
     for row, i in enumerate(chosen):
       example = corpus[i]
       clip = example.pop('audio')
-      audio_NxT[row, :min(length, len(clip))] = clip[:length]
-      example['seconds'] = len(clip) / self.rate
+      audio_NxT[row] = clip[:length]
+      example['seconds'] = len(clip) / _rate(corpus)
       examples.append(example)
     return audio_NxT, examples
 
@@ -187,7 +224,10 @@ class _Measure:
 
   @functools.cached_property
   def held_out_pairs(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    described = [i for i, kinds in enumerate(self.pairs.text_kinds) if kinds]
+    """Held-out clips that have texts, and their examples; ValueError where there is none."""
+    described = _described(self.pairs)
+    if not described:
+      raise ValueError(f'no held-out clip of {self.pairs.directory} has a text')
     if self.pairs is self.audio and len(described) == len(self.audio):
       return self.held_out
     return self.clips(self.pairs, self.amounts.clips, described)
@@ -195,14 +235,34 @@ class _Measure:
   @property
   def composed(self) -> bool:
     """Whether the music is the built-in, whose every fact is known."""
-    return bool(self.held_out[1][0].get('attributes'))
+    return _composed(self.held_out[1][0])
+
+  def _check_sound(self, corpus: records.RecordSet, network: str, sample_rate: int, channels: int = 1) -> None:
+    """ValueError where a corpus is not of the rate and the channels that a network hears."""
+    there = _rate(corpus), records.channels_of(corpus.header)
+    if there != (sample_rate, channels):
+      words = lambda rate, count: f'{rate} Hz with {count} channel{"s" if count > 1 else ""}'
+      raise ValueError(f'{corpus.directory} is audio of {words(*there)}, and the {network} is one for '
+                       f'{words(sample_rate, channels)}: prepare the music again as the {network} hears it')
+
+  def _codec(self, corpus: records.RecordSet | None = None) -> checkpoint.Loaded:
+    """The codec; ValueError where the music (or another corpus) is not what it codes."""
+    loaded = self.cascade.part('codec')
+    self._check_sound(corpus or self.audio, 'codec', loaded.model.config.sample_rate, loaded.model.config.channels)
+    return loaded
+
+  def _mulan(self) -> checkpoint.Loaded:
+    """MuLan; ValueError where the pairs are not of the rate that it hears."""
+    loaded = self.cascade.part('mulan')
+    self._check_sound(self.pairs, 'MuLan', loaded.objective.mulan.audio.mel.sample_rate)
+    return loaded
 
   # ---- codec -------------------------------------------------------------------------------------------------------
 
   def round_trips(self, count: int = 2) -> list[Players]:
+    loaded = self._codec()
     clips_NxT, _ = self.clips(self.audio, count)
-    loaded = self.cascade.part('codec')
-    levels = tuple(q for q in (1, 4, loaded.objective.token_spec.levels))
+    levels = _levels(loaded)
     _, decoded = audio_measures.round_trip(loaded.model, clips_NxT, levels, batch_size=count)
     return [Players(f'round trip {i + 1}', (
         Clip('original', clips_NxT[i], self.rate),
@@ -211,14 +271,15 @@ class _Measure:
             for i in range(len(clips_NxT))]
 
   def codec(self) -> tuple[dict[str, Any], list[Players]]:
-    loaded = self.cascade.part('codec')
+    loaded = self._codec()
     spec = loaded.objective.token_spec
     untrained = loaded.objective.model(nnx.Rngs(self.seed))
-    clips_NxT = self.held_out[0]
+    clips_NxT, examples = self.held_out
     count = self.amounts.codec_clips
     figures = codec_figures.codec_figures(
         loaded.model, clips_NxT[:count], spec.codebook_size, untrained=untrained,
-        levels=sorted({1, 4, spec.levels}), more_clips_MxN=clips_NxT[count:], sample_rate=self.rate)
+        levels=_levels(loaded), more_clips_MxN=clips_NxT[count:], sample_rate=self.rate,
+        recordings_B=[e['recording'] for e in examples[:count]])
     figures['restart_share'] = codec_figures.restart_share(
         pictures.read_metrics(self.root / 'codec' / 'metrics.jsonl'))
     figures |= {'bitrate': spec.bitrate, 'hash': loaded.content_hash, 'steps': loaded.step}
@@ -231,7 +292,7 @@ class _Measure:
     chosen = []
     for example in examples:
       said = example['texts']
-      if example.get('attributes') and words != 'test':
+      if _composed(example) and words != 'test':
         _, seed, index = example['recording'].split('-')
         said = composer.texts(composer.compose(int(seed), int(index), example['seconds']), words)
       chosen.append(next((t['text'] for t in said if t['kind'] == 'description'), said[0]['text']))
@@ -242,23 +303,28 @@ class _Measure:
     return np.stack([self.cascade.tokenizer.encode(t, length) for t in texts])
 
   @functools.cached_property
+  def pair_texts(self) -> list[str]:
+    """The text of each of `held_out_pairs`."""
+    return self.texts(self.held_out_pairs[1], 'test')
+
+  @functools.cached_property
   def pair_embeddings(self) -> tuple[np.ndarray, np.ndarray]:
-    audio_NxT, examples = self.held_out_pairs
-    return mulan_figures.embed(self.cascade.part('mulan').model, audio_NxT, self.ids(self.texts(examples, 'test')))
+    audio_NxT, _ = self.held_out_pairs
+    return mulan_figures.embed(self.cascade.part('mulan').model, audio_NxT, self.ids(self.pair_texts))
 
   def mulan(self) -> tuple[dict[str, Any], list[Players]]:
-    loaded = self.cascade.part('mulan')
+    loaded = self._mulan()
     _, examples = self.held_out_pairs
     audio_NxE, text_NxE = self.pair_embeddings
     tokens = tuple(in_batches(self.cascade.function('mulan', method), e, batch_size=32)
                    for method, e in (('tokens', audio_NxE), ('text_tokens', text_NxE)))
     unknown = oracle = None
-    if examples[0].get('attributes'):
+    if _composed(examples[0]):
       unknown = mulan_figures.embed_texts(loaded.model, self.ids(self.texts(examples, 'synonyms')))
-      read = [composer.read_attributes(t) for t in self.texts(examples, 'test')]
+      read = [composer.read_attributes(t) for t in self.pair_texts]
       oracle = statistics.attribute_agreement(read, [e['attributes'] for e in examples])
-    figures = mulan_figures.mulan_figures(audio_NxE, text_NxE, tokens=tokens, unknown_text_NxE=unknown,
-                                          oracle_NxN=oracle, seed=self.seed)
+    figures = mulan_figures.mulan_figures(audio_NxE, text_NxE, texts_N=self.pair_texts, tokens=tokens,
+                                          unknown_text_NxE=unknown, oracle_NxN=oracle, seed=self.seed)
     if oracle is not None:  # the facts are known
       figures |= self._words(audio_NxE)
     return {**figures, 'hash': loaded.content_hash}, []
@@ -297,8 +363,9 @@ class _Measure:
   # ---- semantic ----------------------------------------------------------------------------------------------------
 
   def semantic(self) -> tuple[dict[str, Any], list[Players]]:
-    clips_NxT, examples = self.held_out
     encoder = checkpoint.load(self.root / 'w2v_bert')
+    self._check_sound(self.audio, 'w2v-BERT', encoder.objective.encoder.mel.sample_rate)
+    clips_NxT, examples = self.held_out
     seconds = encoder.objective.batch_spec(1)['audio'].shape[1] / self.rate
     size = min(16, len(self.audio))
     batches = AudioBatches(self.audio, seconds=seconds, batch_size=size, order='sequential', sample_rate=self.rate)
@@ -342,10 +409,15 @@ class _Measure:
 
   def generation(self) -> tuple[dict[str, Any], list[Players]]:
     a = self.amounts
+    self._mulan()
+    self._codec(self.pairs)
     _, examples = self.held_out_pairs
-    chosen = _spread_over_leads(examples, a.prompts)
-    prompts = [self.texts([examples[i]], 'test')[0] for i in chosen]
-    settings = pipeline.Settings(seconds=min(a.sample_seconds, self.seconds))
+    chosen = _prompts(examples, self.pair_texts, a.prompts)
+    prompts = [self.pair_texts[i] for i in chosen]
+    if len(prompts) < 2:
+      raise ValueError(f'all held-out clips of {self.pairs.directory} have the same text; samples of one are compared '
+                       'with those of another')
+    settings = pipeline.Settings(seconds=min(a.sample_seconds, self.seconds(self.pairs)))
     samples_PxSxT, tokens, wall = self._sample(prompts, settings)
     embed = lambda audio: in_batches(self.cascade.function('mulan', 'embed_audio'), audio, batch_size=16)
     embedding = embed(samples_PxSxT.reshape(-1, samples_PxSxT.shape[-1])).reshape(len(prompts), a.seeds, -1)
@@ -353,7 +425,7 @@ class _Measure:
     real_PxT = self.held_out_pairs[0][chosen][:, :samples_PxSxT.shape[-1]]
     references = {'real': embed(real_PxT)[:, None], 'codec_round_trip': embed(self._heard(real_PxT))[:, None],
                   'another_prompt': np.roll(embedding, 1, axis=0)}
-    known = self.composed and bool(examples[chosen[0]].get('attributes'))
+    known = self.pairs is self.audio and self.composed  # the judge learns from the music of the prompts
     timbres = [examples[i]['attributes']['lead'] for i in chosen] if known else []
     samples = generation_figures.Samples(samples_PxSxT, embedding, prompts_PxE, timbres, wall, self.rate)
     judged = self._judged(samples_PxSxT, tokens) if known else {}
@@ -382,7 +454,8 @@ class _Measure:
 
   def judge_of(self, length: int) -> judges.Judge:
     """The independent judge of samples of this length: it hears what the codec makes of training clips."""
-    train_NxT, train = self.clips(records.RecordSet(self.root / RECORDS, 'train'), self.amounts.judge_clips)
+    train_NxT, train = self.clips(records.RecordSet(self.root / RECORDS, 'train'), self.amounts.judge_clips,
+                                 seconds=length / self.rate)
     leads = [e['attributes']['lead'] for e in train]
     return judges.fit(self._heard(train_NxT[:, :length]), leads, sample_rate=self.rate, seed=self.seed)
 
@@ -414,12 +487,18 @@ class _Measure:
     return audio_measures.fit_length(in_batches(decode, codes.astype(np.int32), batch_size=8), length)
 
 
-def _spread_over_leads(examples: list[dict[str, Any]], count: int) -> list[int]:
-  """Indices of clips for prompts: each lead timbre equally often where timbres are known, else the first ones."""
-  if not examples[0].get('attributes'):
-    return list(range(min(count, len(examples))))
+def _prompts(examples: Sequence[Mapping[str, Any]], texts: Sequence[str], count: int) -> list[int]:
+  """Indices of clips for prompts: each lead timbre equally often where timbres are known, else the first ones.
+
+  Of clips that share a text only the first is taken: the permutation test exchanges prompts, which must differ.
+  """
+  first: dict[str, int] = {}
+  for i, text in enumerate(texts):
+    first.setdefault(text, i)
+  if not _composed(examples[0]):
+    return list(first.values())[:count]
   by_lead: dict[str, list[int]] = {}
-  for i, example in enumerate(examples):
-    by_lead.setdefault(example['attributes']['lead'], []).append(i)
+  for i in first.values():
+    by_lead.setdefault(examples[i]['attributes']['lead'], []).append(i)
   rounds = [indices[k] for k in range(count) for _, indices in sorted(by_lead.items()) if k < len(indices)]
   return rounds[:count]

@@ -21,7 +21,7 @@ import numpy as np
 import soxr
 
 from musiclm_jax.data import composer, noise, records as recordset, source, token_counts
-from musiclm_jax.evaluation import batched, pictures, probes, semantic_figures, statistics, tables
+from musiclm_jax.evaluation import audio_measures, batched, pictures, probes, semantic_figures, statistics, tables
 from musiclm_jax.semantic.model import W2vBert, W2vBertConfig
 from musiclm_jax.semantic.tokenizer import SemanticTokenizer
 from musiclm_jax.training import checkpoint, state as states
@@ -171,7 +171,7 @@ def _clips(corpus: source.Corpus, count: int, seconds: float, encoder: W2vBertCo
     clips.append(clip)
     examples.append(example)
   lengths = np.array([len(clip) for clip in clips])
-  length = min(seconds * rate, np.quantile(lengths, 0.1, method='lower'))
+  length = audio_measures.common_length(lengths, seconds * rate)
   length = int(length) // encoder.samples_per_frame * encoder.samples_per_frame
   kept = np.flatnonzero(lengths >= length)
   return np.stack([clips[i][:length] for i in kept]), [examples[i] for i in kept]

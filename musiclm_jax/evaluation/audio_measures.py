@@ -151,6 +151,14 @@ def round_trip(
   return codes_BxFxQ, {q: fit_length(audio, clips_BxN.shape[1]) for q, audio in decoded.items()}
 
 
+def common_length(lengths_N: np.ndarray, most: float) -> float:
+  """The length to which clips of these lengths are cut: that of nine tenths of them, `most` at most.
+
+  Shorter ones are to be left out: a single one must not cut all others.
+  """
+  return float(min(most, np.quantile(lengths_N, 0.1, method='lower')))
+
+
 def fit_length(audio: np.ndarray, length: int, *, axis: int = -1) -> np.ndarray:
   """`audio` cut or zero-padded at its end to `length` samples, which are along `axis`."""
   samples_first = np.moveaxis(audio, axis, 0)[:length]

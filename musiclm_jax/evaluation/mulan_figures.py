@@ -5,6 +5,7 @@ N pairs of clip and text, T samples, L text length, E embedding, Q levels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 import numpy as np
@@ -31,49 +32,53 @@ def embed_texts(model: Any, text_NxL: np.ndarray, *, batch_size: int = 32) -> np
 
 def retrieval_figures(
     scores_NxN: np.ndarray, *, pools: Sequence[int] = (64, 200), prefix: str = '', seed: int = 0,
-) -> dict[str, float]:
+    relevant_NxN: np.ndarray | None = None) -> dict[str, float]:
   """Recall at 1 and 10 in random pools; the first pool size gives the names without a suffix.
 
-  Pools larger than the number of pairs are left out, so that their bars read as not measured.
+  `relevant` as for `statistics.recall_in_pools`. Pools larger than the number of pairs are left out, so that their
+  bars read as not measured.
   """
   figures = {}
   for pool in pools:
     if pool > len(scores_NxN):
       continue
     suffix = '' if pool == pools[0] else f'_of_{pool}'
-    recall = statistics.recall_in_pools(scores_NxN, pool=pool, ks=(1, 10), seed=seed)
+    recall = statistics.recall_in_pools(scores_NxN, pool=pool, ks=(1, 10), seed=seed, relevant_NxN=relevant_NxN)
     figures |= {f'{prefix}recall_at_{k}{suffix}': value for k, value in recall.items()}
   return figures
 
 
 def mulan_figures(
-    audio_NxE: np.ndarray, text_NxE: np.ndarray, *, tokens: tuple[np.ndarray, np.ndarray] | None = None,
-    unknown_text_NxE: np.ndarray | None = None, oracle_NxN: np.ndarray | None = None,
-    pools: Sequence[int] = (64, 200), seed: int = 0) -> dict[str, Any]:
+    audio_NxE: np.ndarray, text_NxE: np.ndarray, *, texts_N: Sequence[str] | None = None,
+    tokens: tuple[np.ndarray, np.ndarray] | None = None, unknown_text_NxE: np.ndarray | None = None,
+    oracle_NxN: np.ndarray | None = None, pools: Sequence[int] = (64, 200), seed: int = 0) -> dict[str, Any]:
   """Figures of section `mulan` of the report, from embeddings of held-out pairs.
 
   Args:
     audio_NxE, text_NxE: unit embeddings; text i describes clip i (long descriptions, unseen templates).
+    texts_N: the texts themselves: clips that share one are all right for it. By default all differ.
     tokens: RVQ tokens [N, Q] (or [N, 1, Q]) of the clips and of the texts, in this order.
     unknown_text_NxE: texts of the same clips that use synonyms which training never saw.
     oracle_NxN: scores of an oracle that reads attributes (`statistics.attribute_agreement`).
   """
   figures: dict[str, Any] = {'pairs': len(audio_NxE)}
-  figures |= retrieval_figures(text_NxE @ audio_NxE.T, pools=pools, seed=seed)
+  _, which_N = np.unique(np.arange(len(audio_NxE)) if texts_N is None else np.asarray(texts_N), return_inverse=True)
+  same_NxN = which_N[:, None] == which_N
+  scores_NxN = text_NxE @ audio_NxE.T
+  recall = functools.partial(retrieval_figures, pools=pools, seed=seed, relevant_NxN=same_NxN)
+  figures |= recall(scores_NxN)
+  others = (same_NxN.sum() - len(same_NxN)) / max(1, len(same_NxN) * (len(same_NxN) - 1))
   for pool in pools:
     suffix = '' if pool == pools[0] else f'_of_{pool}'
-    figures[f'recall_at_1_chance{suffix}'] = 1.0 / pool
+    figures[f'recall_at_1_chance{suffix}'] = float(1 + others * (pool - 1)) / pool
   if unknown_text_NxE is not None:
-    figures |= retrieval_figures(
-        unknown_text_NxE @ audio_NxE.T, pools=pools, prefix='unknown_synonyms_', seed=seed)
+    figures |= recall(unknown_text_NxE @ audio_NxE.T, prefix='unknown_synonyms_')
   if oracle_NxN is not None:
-    figures |= retrieval_figures(oracle_NxN, pools=pools, prefix='oracle_', seed=seed)
+    figures |= recall(oracle_NxN, prefix='oracle_')
   if tokens is not None:
     figures |= agreement_figures(*tokens)
-  own_N = np.sum(text_NxE * audio_NxE, axis=1)
-  figures['cosine_own'] = float(own_N.mean())
-  others = (np.sum(text_NxE @ audio_NxE.T) - own_N.sum()) / max(1, len(own_N) * (len(own_N) - 1))
-  figures['cosine_other'] = float(others)
+  figures['cosine_own'] = float(np.mean(np.sum(text_NxE * audio_NxE, axis=1)))
+  figures['cosine_other'] = float(np.sum(scores_NxN, where=~same_NxN) / max(1, np.sum(~same_NxN)))
   return figures
 
 

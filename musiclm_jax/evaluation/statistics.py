@@ -114,6 +114,8 @@ _LEAST_GROUPS = 5  # fewer say nothing of how much groups differ: two often agre
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
+  """A value between `low` and `high`, which are infinite where too little is known to bound it."""
+
   value: float
   low: float
   high: float
@@ -142,11 +144,11 @@ def bootstrap_interval(
   if len(values_N) == 0 or len(values_N) != len(groups_N):
     raise ValueError(f'bootstrap: {len(values_N)} values with {len(groups_N)} groups')
   _, index_N = np.unique(groups_N, return_inverse=True)
-  totals_G = np.bincount(index_N, weights=values_N)
-  counts_G = np.bincount(index_N).astype(np.float64)
   mean, groups = float(values_N.mean()), int(index_N.max()) + 1
   if groups < _LEAST_GROUPS:
     return Interval(mean, -math.inf, math.inf)
+  totals_G = np.bincount(index_N, weights=values_N)
+  counts_G = np.bincount(index_N).astype(np.float64)
   draws_SxG = np.random.default_rng(seed).integers(0, len(totals_G), (samples, len(totals_G)))
   means_S = totals_G[draws_SxG].sum(1) / counts_G[draws_SxG].sum(1)
   tail = (1 - confidence) / 2
@@ -168,26 +170,33 @@ def majority_share(labels_N: Sequence) -> float:
 
 def recall_in_pools(
     scores_NxN: np.ndarray, *, pool: int, ks: Sequence[int] = (1, 10), pools: int = 200, seed: int = 0,
-) -> dict[int, float]:
-  """Share of queries whose own item is among the best k of a random pool of `pool` items, for each k.
+    relevant_NxN: np.ndarray | None = None) -> dict[int, float]:
+  """Share of queries with a right item among the best k of a random pool of `pool` items, for each k.
 
-  `scores[i, j]` says how well item j fits query i; item i is the right one. Each of `pools` draws takes
-  `pool` of the N pairs and ranks its items for each of its queries. Ties count as broken at random.
-  Chance is k / pool. Raises ValueError for fewer pairs than the pool holds.
+  `scores[i, j]` says how well item j fits query i; item i is right, and item j where `relevant[i, j]`. Each of
+  `pools` draws takes `pool` of the N pairs and ranks its items for each of its queries. Ties count as broken at
+  random. Chance is k / pool where nothing but the own item is right. Raises ValueError for fewer pairs than the pool
+  holds.
   """
   count = len(scores_NxN)
+  relevant_NxN = np.eye(count, dtype=bool) if relevant_NxN is None else np.asarray(relevant_NxN, bool)
   if pool > count:
     raise ValueError(f'recall in pools of {pool}: only {count} pairs were given')
   rng = np.random.default_rng(seed)
   hits = {k: 0.0 for k in ks}
   for _ in range(pools):
     index_P = rng.choice(count, pool, replace=False)
-    scores_PxP = scores_NxN[np.ix_(index_P, index_P)]
-    own_Px1 = np.diagonal(scores_PxP)[:, None]
-    greater_P = np.sum(scores_PxP > own_Px1, axis=1)
-    equal_P = np.sum(scores_PxP == own_Px1, axis=1)  # the item itself among them
+    chosen = np.ix_(index_P, index_P)
+    scores_PxP, relevant_PxP = scores_NxN[chosen], relevant_NxN[chosen]
+    best_Px1 = np.max(scores_PxP, axis=1, keepdims=True, where=relevant_PxP, initial=-np.inf)
+    greater_P = np.sum(scores_PxP > best_Px1, axis=1)
+    equal_PxP = scores_PxP == best_Px1  # a right item among them
+    equal_P, right_P = equal_PxP.sum(axis=1), np.sum(equal_PxP & relevant_PxP, axis=1)
     for k in ks:
-      hits[k] += float(np.mean(np.clip((k - greater_P) / equal_P, 0.0, 1.0)))
+      places_P = np.clip(k - greater_P, 0, equal_P)
+      # Of the equal ones so many come first: how likely is a right one among them?
+      none_P = special.binom(equal_P - places_P, right_P) / special.binom(equal_P, right_P)
+      hits[k] += float(np.mean(1.0 - none_P))
   return {k: value / pools for k, value in hits.items()}
 
 

@@ -99,6 +99,16 @@ def test_pools_that_are_too_large_are_left_out():
   assert 'recall_at_1_of_200' not in mulan_figures.mulan_figures(eye, eye)
 
 
+def test_clips_that_share_a_text_are_all_right_for_it():
+  text = np.repeat(np.eye(32), 2, axis=0)  # two pieces of each recording have its caption
+  alone, shared = (mulan_figures.mulan_figures(text, text, texts_N=texts) for texts in (
+      None, [f'recording {i // 2}' for i in range(64)]))
+  assert alone['recall_at_1'] == pytest.approx(0.5) and shared['recall_at_1'] == 1
+  assert alone['recall_at_1_chance'] == 1 / 64 and shared['recall_at_1_chance'] == pytest.approx(2 / 64)
+  assert alone['cosine_own'] == shared['cosine_own'] == 1
+  assert alone['cosine_other'] == pytest.approx(1 / 63) and shared['cosine_other'] == 0
+
+
 def test_texts_and_clips_are_embedded_in_one_shape():
   shapes = set()
   model = types.SimpleNamespace(

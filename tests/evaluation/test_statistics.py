@@ -127,6 +127,18 @@ def test_recall_of_perfect_constant_and_random_scores():
     statistics.recall_in_pools(noise, pool=301)
 
 
+def test_every_item_of_the_same_text_is_right():
+  which = np.arange(60) // 2  # two clips for each text
+  same = which[:, None] == which
+  scores = same.astype(float)
+  assert statistics.recall_in_pools(scores, pool=60, ks=(1,), pools=2)[1] == pytest.approx(0.5)
+  assert statistics.recall_in_pools(scores, pool=60, ks=(1,), pools=2, relevant_NxN=same)[1] == 1
+  constant = statistics.recall_in_pools(np.zeros((60, 60)), pool=60, ks=(1, 10), pools=2, relevant_NxN=same)
+  assert constant[1] == pytest.approx(2 / 60) and constant[10] == pytest.approx(1 - (50 * 49) / (60 * 59))
+  other = np.eye(60)[np.arange(60) ^ 1]  # the second clip of the text comes first
+  assert statistics.recall_in_pools(other, pool=60, ks=(1,), pools=2, relevant_NxN=same)[1] == 1
+
+
 def test_recall_falls_with_the_pool():
   rng = np.random.default_rng(0)
   x = rng.standard_normal((220, 6))
