@@ -5,7 +5,8 @@
 Prompts are the texts of held-out clips that the report does not ask for, each lead equally often, so that what is
 chosen here is not chosen by what is reported. Prints, for each guidance: the MuLan cosine of samples with their own
 text above that with the others' (and its standard error over prompts), how often the judge of the report hears the
-lead, and the Frechet distance of the samples to held-out clips in its embedding.
+lead (with a 95% interval over prompts, whose samples are not independent), and the Frechet distance of the samples to
+held-out clips in its embedding.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from musiclm_jax import evaluate
 from musiclm_jax.cascade_networks import CascadeNetworks
-from musiclm_jax.evaluation import frechet
+from musiclm_jax.evaluation import frechet, statistics
 from musiclm_jax.evaluation.batched import in_batches
 from musiclm_jax.generate.pipeline import Settings
 
@@ -36,8 +37,8 @@ def main() -> None:
   measure = evaluate._Measure(pathlib.Path(args.workdir), 5, evaluate.Amounts(seeds=args.seeds, prompts=args.prompts))
   usual = CascadeNetworks(measure.cascade).sampling
   _, examples = measure.held_out_pairs
-  chosen = evaluate._spread_over_leads(examples, REPORT + args.prompts)[REPORT:]
-  prompts = [measure.texts([examples[i]], 'test')[0] for i in chosen]
+  chosen = evaluate._prompts(examples, measure.pair_texts, REPORT + args.prompts)[REPORT:]
+  prompts = [measure.pair_texts[i] for i in chosen]
   text_PxE = measure.pair_embeddings[1][chosen]
   leads = np.repeat([examples[i]['attributes']['lead'] for i in chosen], args.seeds)
   embed = lambda audio: in_batches(measure.cascade.function('mulan', 'embed_audio'), audio, batch_size=16)
@@ -57,9 +58,11 @@ def main() -> None:
     own_PxS = np.einsum('PSP->PS', similarity_PxSxP)
     others_PxS = (similarity_PxSxP.sum(-1) - own_PxS) / (len(prompts) - 1)
     gap_P = (own_PxS - others_PxS).mean(1)
+    heard = statistics.bootstrap_interval(
+        judge.name(flat_NxT) == leads, np.repeat(np.arange(len(prompts)), args.seeds))
     distance = frechet.distance(frechet.moments(judge.embed(flat_NxT)), held_out)
     print(f'| {guidance:g} | {gap_P.mean():.3f} +- {gap_P.std() / len(gap_P) ** 0.5:.3f} | '
-          f'{judge.accuracy(flat_NxT, leads):.3f} | {distance:.0f} | {seconds:.0f} |', flush=True)
+          f'{heard.value:.3f} ({heard.low:.3f} to {heard.high:.3f}) | {distance:.0f} | {seconds:.0f} |', flush=True)
 
 
 if __name__ == '__main__':
