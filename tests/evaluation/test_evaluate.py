@@ -1,6 +1,7 @@
 """The report as a whole: what stands in the way of one section leaves the others."""
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -136,3 +137,9 @@ def test_the_seed_of_a_run_is_the_one_it_was_started_with(tmp_path, monkeypatch)
   load = checkpoint.load
   monkeypatch.setattr(checkpoint, 'load', lambda run: dataclasses.replace(load(run), made_with={'seed': 3}))
   assert [run.seed for run in evaluate._runs(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize('levels, decoded', [(12, (1, 4, 12)), (4, (1, 4)), (2, (1, 2)), (1, (1,))])
+def test_a_codec_is_asked_for_no_more_levels_than_it_has(levels, decoded):
+  codec = types.SimpleNamespace(objective=types.SimpleNamespace(token_spec=types.SimpleNamespace(levels=levels)))
+  assert evaluate._levels(codec) == decoded
