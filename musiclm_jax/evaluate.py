@@ -185,12 +185,14 @@ class _Measure:
         'captions.']
 
   def seconds(self, corpus: records.RecordSet) -> float:
-    """Length of the clips of a corpus that are compared: whole seconds, 10 at most, that nine tenths of them have."""
-    seconds = math.floor(audio_measures.common_length(corpus.durations, 10.0))
-    if not seconds:
-      raise ValueError(f'more than a tenth of the clips of split {corpus.split!r} of {corpus.directory} are shorter '
-                       'than a second')
-    return float(seconds)
+    """Length of the clips of a corpus that are compared: whole seconds, 10 at most, that nine tenths of them have.
+
+    Clips of less than a second do not count; ValueError where all are.
+    """
+    usable = corpus.durations[corpus.durations >= 1]
+    if not len(usable):
+      raise ValueError(f'all clips of split {corpus.split!r} of {corpus.directory} are shorter than a second')
+    return float(math.floor(audio_measures.common_length(usable, 10.0)))
 
   def clips(self, corpus: records.RecordSet, count: int, chosen: Sequence[int] | None = None, *,
             seconds: float | None = None) -> tuple[np.ndarray, list[dict[str, Any]]]:

@@ -92,6 +92,14 @@ def test_a_short_last_piece_is_left_out_and_cuts_no_other(tmp_path):
   assert measure(tmp_path, clips=7).held_out[0].shape == (7, 72000)
 
 
+def test_crumbs_of_less_than_a_second_do_not_count(tmp_path):
+  write_music(tmp_path / 'some' / evaluate.RECORDS, [0.4, 2.5, 2.5])
+  assert measure(tmp_path / 'some').held_out[0].shape == (2, 48000)
+  write_music(tmp_path / 'all' / evaluate.RECORDS, [0.4, 0.4])
+  with pytest.raises(ValueError, match='all clips of split .test. of .* are shorter than a second'):
+    _ = measure(tmp_path / 'all').held_out
+
+
 def test_texts_are_measured_on_clips_as_long_as_those_that_have_them(tmp_path):
   write_music(tmp_path / evaluate.RECORDS, [6.0] * 3)
   write_music(tmp_path / evaluate.PAIRS, [2.0] * 3, texts=list('abc'))
