@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
-import numpy as np
 
 Batch = dict[str, jax.Array]  # leading axis B; always holds `slot` int32 [B], the place in the global batch
 
@@ -124,8 +123,8 @@ class Fit(Objective):
     """Rows [N, D] float32 to fit on, from one batch."""
     raise NotImplementedError
 
-  def counted(self, batch: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Which of those rows are no padding, bool [N], told from the batch alone; None for all."""
+  def counted(self, batch: dict[str, Any]) -> Any:
+    """Which of those rows are no padding, bool [N], told from this process's batch alone; None for all."""
     del batch
 
   def phases(self) -> tuple[tuple[str, int], ...]:

@@ -10,7 +10,7 @@ import pytest
 
 from musiclm_jax import layer_study, main
 from musiclm_jax.data import composer, prepare
-from tests.trainings import experiment, write_signals
+from tests.trainings import experiment, save_random, write_signals
 
 FEW = layer_study.Amounts(fit_clips=12, clips=16, seconds=3.0, codes=8)
 
@@ -81,12 +81,13 @@ def test_some_probes_can_be_asked_alone(folder, tmp_path):
   assert all(set(row['probes']['other_keys']) == {'tempo', 'onset'} for row in alone['layers'])
 
 
-def test_the_study_and_the_tokens_that_ship_are_fitted_in_one_way(monkeypatch, folder, tmp_path):
+def test_the_study_and_the_tokens_that_ship_are_fitted_in_one_way(monkeypatch, tmp_path):
+  save_random(tmp_path / 'w2v_bert', 'w2v_bert', {}, RECORDS='nowhere')
   fits = []
   monkeypatch.setattr(layer_study, '_tokenizers', lambda loaded, clusters, *_: fits.append(clusters) or ())
   monkeypatch.setattr(layer_study, '_picture', lambda *_: b'')
-  found = layer_study.study(folder, amounts=dataclasses.replace(FEW, seconds=2.0), output=tmp_path).figures
-  shipped = experiment('semantic_tokens', W2V_WORKDIR=str(folder)).argument('objective')
+  found = layer_study.study(tmp_path, amounts=dataclasses.replace(FEW, seconds=2.0), output=tmp_path).figures
+  shipped = experiment('semantic_tokens', W2V_WORKDIR='nowhere').argument('objective')
   assert found['decorrelate'] is fits[0].decorrelate is shipped.decorrelate is True
 
 

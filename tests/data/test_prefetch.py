@@ -117,8 +117,8 @@ def test_workers_know_their_context(count):
 
 def linger(context, task):
   path = context / str(task)
-  path.write_text(str(os.getpid()))
   try:
+    path.write_text(str(os.getpid()))
     time.sleep(60)
   finally:
     path.write_text('cleaned up')

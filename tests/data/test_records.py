@@ -1,5 +1,6 @@
 """Record sets: round trips, the manifest, resuming, and every kind of damage."""
 import json
+import multiprocessing
 import os
 import pickle
 import resource
@@ -287,24 +288,18 @@ def test_a_write_that_dies_leaves_the_shard_that_was_there(audio_set):
   assert {p.name: p.read_bytes() for p in audio_set.iterdir()} == before
 
 
-def test_a_disk_that_takes_no_more_is_one_line_and_nothing_stays(tmp_path):
-  def limited():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-      records.write_shard(tmp_path, 'train', 0, 1, (clip(i) for i in range(200)), AUDIO)
-    except OSError as error:
-      assert 'cannot be written' in str(error) and 'is the disk full' in str(error)
-      os._exit(0)
-    os._exit(1)
+def _write_on_a_full_disk(folder):
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  with pytest.raises(OSError, match='cannot be written .*is the disk full'):
+    records.write_shard(folder, 'train', 0, 1, (clip(i, 3000) for i in range(100)), AUDIO)
 
-  child = os.fork()
-  if not child:
-    try:
-      limited()
-    finally:
-      os._exit(2)
-  assert os.waitpid(child, 0)[1] == 0 and not list(tmp_path.iterdir())
+
+def test_a_disk_that_takes_no_more_is_one_line_and_nothing_stays(tmp_path):
+  child = multiprocessing.get_context('spawn').Process(target=_write_on_a_full_disk, args=(tmp_path,))
+  child.start()
+  child.join()
+  assert child.exitcode == 0 and not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_not_written_over(tmp_path):
