@@ -94,6 +94,8 @@ def evaluate_mulan(mulan: str | os.PathLike, audio_dir: str | os.PathLike, outpu
   found = tag_files.read(tags, names, meanings=tag_names) if tags else None
   if not found and not texts:
     raise ValueError(f'{audio_dir} has no captions: give --tags or --captions, or a manifest.jsonl with them')
+  if found and not found.tags:
+    raise ValueError(f'{tags[0]} gives no recording a tag')
   if found and found.layout == 'playlists':  # what is in none of them is there to be told apart
     found = dataclasses.replace(found, by_name={name: found.by_name.get(name, frozenset()) for name in names})
   named = set(texts) | set(found.by_name if found else ())
@@ -168,13 +170,16 @@ def _tagged(loaded: Loaded, found: tag_files.Tags, audio_NxE: np.ndarray, place:
   notes, figures = [], {'layout': found.layout}
   if found.unmatched:
     notes.append(f'{len(found.unmatched)} recordings of the tags could not be found in the folder')
+  # MagnaTagATune has many tags for the same; what is published of it is of the 50 that are most frequent in all of it.
+  frequent = np.argsort(-labels_NxT.sum(axis=0), kind='stable')[:50] if found.layout == 'magnatagatune' else []
+  with_top = lambda figures: _with_top(figures, [found.tags[i] for i in frequent])
   tag_TxE = _texts(loaded, found.tags)
   to_fit_N = np.array([name in found.fit if found.fit is not None else _half(name) for name in order])
   # Where a collection says what to measure on, that is measured; else everything that is there.
   measured_N = ~to_fit_N if found.fit and not to_fit_N.all() else np.ones(len(order), bool)
   try:
-    figures['zero_shot'] = _with_top(language.zero_shot_figures(
-        audio_NxE[rows[measured_N]], tag_TxE, labels_NxT[measured_N], found.tags), found.layout)
+    figures['zero_shot'] = with_top(language.zero_shot_figures(
+        audio_NxE[rows[measured_N]], tag_TxE, labels_NxT[measured_N], found.tags))
   except ValueError as error:
     notes.append(f'tags by their words: {error}')
   if found.layout == 'playlists':
@@ -186,19 +191,19 @@ def _tagged(loaded: Loaded, found: tag_files.Tags, audio_NxE: np.ndarray, place:
   if found.fit is None:
     notes.append('linear probe: fitted on a half of the recordings, by a hash of their names')
   try:
-    figures['linear_probe'] = _with_top(language.linear_probe_figures(
+    figures['linear_probe'] = with_top(language.linear_probe_figures(
         audio_NxE[rows[to_fit_N]], labels_NxT[to_fit_N], audio_NxE[rows[~to_fit_N]], labels_NxT[~to_fit_N],
-        found.tags), found.layout)
+        found.tags))
   except ValueError as error:
     notes.append(f'no linear probe: {error}')
   return figures, notes
 
 
-def _with_top(figures: dict[str, Any], layout: str) -> dict[str, Any]:
-  """MagnaTagATune has many tags for the same; what is published of it is of the 50 most frequent ones."""
-  if layout != 'magnatagatune':
+def _with_top(figures: dict[str, Any], frequent: Sequence[str]) -> dict[str, Any]:
+  """With the means over those of the frequent tags that could be measured, where there are any."""
+  top = [figures['tags'][tag] for tag in frequent if tag in figures['tags']]
+  if not top:
     return figures
-  top = sorted(figures['tags'].values(), key=lambda row: -row['share'])[:50]
   return {**figures, 'top_50': {f'macro_{name}': float(np.mean([row[name] for row in top])) for name in ('auc', 'ap')}}
 
 

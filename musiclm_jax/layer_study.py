@@ -48,6 +48,10 @@ class Amounts:
   codes: int = 0
   probes: tuple[str, ...] = ()
 
+  def __post_init__(self):
+    if self.seconds < 1:
+      raise ValueError(f'{self.seconds:g} s of each clip tell nothing of music: at least 1 s is needed')
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:

@@ -80,6 +80,14 @@ def test_a_collection_with_a_split_is_fitted_and_measured_on_it(run, folder, tmp
   assert figures['linear_probe']['tags'] == probed['tags']
 
 
+def test_the_frequent_tags_are_those_of_all_that_is_there():
+  row = lambda auc, share: {'auc': auc, 'ap': auc / 2, 'share': share}
+  figures = {'tags': {'flute': row(0.8, 0.1), 'choir': row(0.4, 0.9), 'harp': row(0.6, 0.2)}}
+  top = evaluation._with_top(figures, ['harp', 'flute', 'never measured'])['top_50']  # choir is frequent here alone
+  assert top == pytest.approx({'macro_auc': 0.7, 'macro_ap': 0.35})
+  assert evaluation._with_top(figures, []) == figures
+
+
 def test_playlists_are_found_by_their_titles(run, folder, tmp_path):
   (tmp_path / 'slow.m3u').write_text('0.wav\n1.wav\n')
   (tmp_path / 'fast.m3u').write_text('#PLAYLIST:fast ones\n3.wav\n4.wav\n')

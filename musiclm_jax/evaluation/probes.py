@@ -108,8 +108,9 @@ def answered(probe: Probe, tokens_NxF: np.ndarray, codebook_size: int, *, heard_
   groups = (np.arange(len(probe.labels)) if apart_N is None else np.asarray(apart_N))[clips]
   folds = min(folds, len(np.unique(groups))) if apart_N is not None else folds
   if len(np.unique(groups)) < folds or folds < 2 or len(np.unique(answers)) < 2:
-    raise ValueError(f'probe: {len(np.unique(groups))} labelled clips or groups with labels {sorted(set(answers))} are '
-                     f'too few for {folds} folds')
+    known = ', '.join(sorted(set(answers)))
+    raise ValueError(f'probe: {len(np.unique(groups))} labelled clips or groups with labels {known} are too few for '
+                     f'{folds} folds')
   fit_on = probe.read(tokens_NxF, codebook_size)
   asked = fit_on if heard_NxF is None else probe.read(heard_NxF, codebook_size)
   right = np.zeros(len(answers), bool)

@@ -1,4 +1,4 @@
-"""Streams to the sequence of a stage and back: the one build/revert pair of training, sampling, export and tests.
+"""Streams to the sequence of a stage, the one way of training, sampling and export, and back.
 
 A stage's sequence is its conditions one after another, then its target, each stream flattened frame by frame and
 level by level (arXiv 2301.11325, section 3.2; arXiv 2209.03143, section III-C). Everything about it that does not
