@@ -127,7 +127,7 @@ def test_where_the_launcher_is_killed_all_save(cluster):
 @pytest.mark.parametrize('failure', ['full disk', 'closed pipe'])
 def test_where_its_own_output_fails_the_machines_go_on(cluster, failure):
   """Lines are dropped: with nobody to read them the processes would wait for ever, with pipes that are full."""
-  cluster.add('musiclm', 'head -c 200000 /dev/zero | tr "\\0" "\\n"; exit 7')
+  cluster.add('musiclm', 'head -c 100000 /dev/zero | tr "\\0" "\\n"; exit 7')
   read, write = os.pipe()
   os.close(read)
   with open('/dev/full', 'wb') if failure == 'full disk' else open(write, 'wb') as out:
