@@ -148,17 +148,17 @@ def write_shard(directory: str | os.PathLike, split: str, index: int, count: int
       licences[example.get('source', {}).get('licence') or 'not stated'] += 1
     with _disk(path):
       writer.close()
+    with open(temporary, 'rb') as file:
+      os.fsync(file.fileno())
+    shard = Shard(path.name, len(seconds), temporary.stat().st_size, provenance.hash_file(temporary), sum(seconds))
+    sidecar.unlink(missing_ok=True)  # from here on the shard counts as missing, until its new description is there
+    _put(temporary, path)
   except BaseException:
     with contextlib.suppress(RuntimeError):
       if writer.is_open():
         writer.close()
     temporary.unlink(missing_ok=True)
     raise
-  with open(temporary, 'rb') as file:
-    os.fsync(file.fileno())
-  shard = Shard(path.name, len(seconds), temporary.stat().st_size, provenance.hash_file(temporary), sum(seconds))
-  sidecar.unlink(missing_ok=True)  # from here on the shard counts as missing, until its new description is there
-  _put(temporary, path)
   kind_sets = sorted(set(kinds))
   write_atomically(sidecar, json.dumps({
       'format': FORMAT_VERSION, 'header': dataclasses.asdict(header), 'shard': dataclasses.asdict(shard),
