@@ -109,10 +109,6 @@ def write_round_trips(workdir: str | os.PathLike, count: int = 2) -> list[pathli
   return sorted(folder.glob('*.wav'))
 
 
-def _rate(corpus: records.RecordSet) -> int:
-  return corpus.header.streams['audio']['sample_rate']
-
-
 def _described(corpus: records.RecordSet) -> list[int]:
   """Indices of the clips that have a text."""
   return [i for i, kinds in enumerate(corpus.text_kinds) if kinds]
@@ -163,7 +159,7 @@ class _Measure:
     self.root, self.seed, self.amounts = root, seed, amounts
     self.cascade = Cascade(root)
     self.audio = records.RecordSet(root / RECORDS, 'test')
-    self.rate = _rate(self.audio)
+    self.rate = records.rate_of(self.audio.header)
     self.pairs, self.notes = self._pairs()
 
   def _pairs(self) -> tuple[records.RecordSet, list[str]]:
@@ -204,8 +200,9 @@ class _Measure:
     if (channels := records.channels_of(corpus.header)) > 1:
       raise ValueError(f'{corpus.directory} has {channels} channels; only mono can be measured here')
     seconds = self.seconds(corpus) if seconds is None else seconds
-    length = specs.frames_in(seconds, _rate(corpus))
-    long_enough = corpus.durations * _rate(corpus) > length - 0.5  # seconds are rounded, samples are not
+    rate = records.rate_of(corpus.header)
+    length = specs.frames_in(seconds, rate)
+    long_enough = corpus.durations * rate > length - 0.5  # seconds are rounded, samples are not
     chosen = [i for i in (range(len(corpus)) if chosen is None else chosen) if long_enough[i]][:count]
     if not chosen:
       raise ValueError(f'no clip of split {corpus.split!r} of {corpus.directory} that could be measured has '
@@ -216,7 +213,7 @@ class _Measure:
       example = corpus[i]
       clip = example.pop('audio')
       audio_NxT[row] = clip[:length]
-      example['seconds'] = len(clip) / _rate(corpus)
+      example['seconds'] = len(clip) / rate
       examples.append(example)
     return audio_NxT, examples
 
@@ -241,7 +238,7 @@ class _Measure:
 
   def _check_sound(self, corpus: records.RecordSet, network: str, sample_rate: int, channels: int = 1) -> None:
     """ValueError where a corpus is not of the rate and the channels that a network hears."""
-    there = _rate(corpus), records.channels_of(corpus.header)
+    there = records.rate_of(corpus.header), records.channels_of(corpus.header)
     if there != (sample_rate, channels):
       words = lambda rate, count: f'{rate} Hz with {count} channel{"s" if count > 1 else ""}'
       raise ValueError(f'{corpus.directory} is audio of {words(*there)}, and the {network} is one for '

@@ -87,7 +87,7 @@ def extract(audio_dir: str | os.PathLike, output_dir: str | os.PathLike, cascade
 def _check_audio(audio_dir: str | os.PathLike, audio: records.Manifest, cascade: Cascade) -> None:
   if audio.header.kind != 'audio':
     raise ValueError(f'{audio_dir} holds {audio.header.kind}, not audio; name what `musiclm prepare` wrote')
-  there, wanted = audio.header.streams['audio']['sample_rate'], cascade.part('codec').objective.codec.sample_rate
+  there, wanted = records.rate_of(audio.header), cascade.part('codec').objective.codec.sample_rate
   if there != wanted:
     raise ValueError(f'{audio_dir} has {there} samples a second, the networks were trained with {wanted}: prepare the '
                      'music again')

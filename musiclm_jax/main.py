@@ -407,8 +407,8 @@ def evaluate(args: argparse.Namespace) -> None:
       _existing(getattr(args, name), f'--{name}')
   for path in args.tags or ():
     _existing(path, '--tags')
-  if args.max_seconds and args.workdir:
-    raise UsageError('--max_seconds belongs to --audio_dir')
+  if args.workdir:
+    _belongs(args, '--audio_dir', 'max_seconds')
   of_texts = ('tags', 'tag_names', 'captions', 'caption_column')
   if not args.mulan:
     _belongs(args, '--mulan', *of_texts)

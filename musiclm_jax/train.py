@@ -264,15 +264,16 @@ class _Run:
     return tuple(donor.load() for donor in self.donors)
 
   def donor_lineage(self) -> dict[str, str]:
-    """Where the parameters came from. What a donor has done since does not concern a run that has begun."""
-    roles = [donor.into or 'init' for donor in self.donors]
+    """Where the parameters came from; of a run that has begun, what is recorded, also where no donor is named any more.
+
+    What a donor has done since does not concern such a run.
+    """
     if checkpoint.latest_step(self.workdir) is not None:
-      there = checkpoint.recorded_lineage(self.workdir)
-      return {role: there[role] for role in roles if role in there}
-    return {role: donation.content_hash for role, donation in zip(roles, self.donations)}
+      return checkpoint.recorded_lineage(self.workdir)
+    return {donor.into or 'init': donation.content_hash for donor, donation in zip(self.donors, self.donations)}
 
   def lineage(self, batches: Batches) -> dict[str, str]:
-    """What made the examples, and where the parameters came from: as recorded, also where no donor is named any more.
+    """What made the examples, and where the parameters came from.
 
     Raises ValueError where a run that begins would mix two versions of a network.
     """
@@ -282,7 +283,7 @@ class _Run:
         if tokens.get(role, content) != content:
           raise ValueError(f'the tokens are those of {role} {tokens[role]}, and this is to start from {role} '
                            f'{content}: name the run that made them')
-    return {**checkpoint.recorded_lineage(self.workdir), **donors, **tokens}
+    return {**donors, **tokens}
 
   def save(self, state: TrainState, checkpoints: checkpoint.Checkpoints) -> None:
     """Saves a state that is fit to be saved: finite, and the same on all devices that hold copies."""

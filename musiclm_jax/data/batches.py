@@ -271,7 +271,7 @@ class AudioBatches(Batches):
     if header.kind != 'audio':
       raise ValueError(f'audio is needed, but the record set holds {header.kind}: '
                        f'{", ".join(header.streams)}')
-    if (rate := header.streams['audio']['sample_rate']) != self.sample_rate:
+    if (rate := records.rate_of(header)) != self.sample_rate:
       raise ValueError(f'the record set has {rate} samples a second, the network takes {self.sample_rate}')
     if (there := records.channels_of(header)) != self.channels:
       raise ValueError(f'the record set has {there} channel{"s" * (there > 1)}, the network takes {self.channels}: '

@@ -243,7 +243,7 @@ def _shard(splits: Mapping[str, Sequence[Recording]], num_shards: int) -> dict[s
 def _segments(recordings: Sequence[Recording], header: records.Header,
               left_out: collections.Counter[str]) -> Iterator[source.Example]:
   """The clips of some recordings in order; counts the pieces that are too short or silent."""
-  settings, rate = header.settings, header.streams['audio']['sample_rate']
+  settings, rate = header.settings, records.rate_of(header)
   for recording in recordings:
     facts = recording.facts
     for number, audio in enumerate(_pieces(recording, settings['segment_seconds'], header)):
@@ -259,7 +259,7 @@ def _segments(recordings: Sequence[Recording], header: records.Header,
 
 
 def _pieces(recording: Recording, seconds: float, header: records.Header) -> Iterator[np.ndarray]:
-  rate, channels = header.streams['audio']['sample_rate'], records.channels_of(header)
+  rate, channels = records.rate_of(header), records.channels_of(header)
   try:
     yield from audio_files.segments(recording.path, seconds, rate, channels)
   except audio_files.AudioFault as fault:

@@ -101,6 +101,11 @@ def audio_streams(sample_rate: int, channels: int = 1) -> dict[str, dict[str, An
   return {'audio': {'sample_rate': sample_rate, **({'channels': channels} if channels > 1 else {})}}
 
 
+def rate_of(header: Header) -> int:
+  """Samples a second of the clips of an audio set."""
+  return header.streams['audio']['sample_rate']
+
+
 def channels_of(header: Header) -> int:
   """How many channels the clips of an audio set have."""
   return header.streams['audio'].get('channels', 1)
@@ -184,7 +189,7 @@ def decode(record: bytes, header: Header) -> source.Example:
 def seconds_of(example: source.Example, header: Header) -> float:
   """Length of a clip: for tokens, what all streams with a frame rate cover."""
   if header.kind == 'audio':
-    return len(example['audio']) / header.streams['audio']['sample_rate']
+    return len(example['audio']) / rate_of(header)
   lengths = [len(example[n]) / s['frame_rate'] for n, s in header.streams.items() if s['frame_rate']]
   return min(lengths, default=0.0)
 

@@ -38,6 +38,7 @@ from musiclm_jax.data.record_format import (
   from_pcm,
   Header,
   Manifest,
+  rate_of,
   seconds_of,
   Shard,
   text_kinds_of,
@@ -48,8 +49,8 @@ from musiclm_jax.data.record_format import (
 __all__ = [
     'FORMAT_VERSION', 'Header', 'Manifest', 'MANIFEST', 'RecordSet', 'Shard', 'Unfinished', 'audio_streams',
     'channels_of', 'check', 'decode', 'difference', 'encode', 'finish', 'from_pcm', 'open_shard',
-    'read_manifest', 'replacing', 'rewrite', 'seconds_of', 'shard_done', 'shard_name', 'text_kinds_of', 'to_pcm',
-    'token_streams', 'write_atomically', 'write_records', 'write_shard']
+    'rate_of', 'read_manifest', 'replacing', 'rewrite', 'seconds_of', 'shard_done', 'shard_name',
+    'text_kinds_of', 'to_pcm', 'token_streams', 'write_atomically', 'write_records', 'write_shard']
 
 MANIFEST = 'manifest.json'
 _SHARD_FILE = re.compile(r'.+-\d{5,}-of-\d{5,}\.arrayrecord(\.json)?')

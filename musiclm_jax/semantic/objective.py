@@ -194,17 +194,12 @@ def _entropy(p_xV: jax.Array) -> jax.Array:
   return -jnp.sum(p_xV * jnp.log(jnp.maximum(p_xV, 1e-30)), axis=-1)
 
 
-def _masked_mean(x_BxT: jax.Array, masked_BxT: jax.Array) -> jax.Array:
-  """Mean over an example's masked frames, [B]; there is always at least one span in a clip of a frame or more."""
-  return jnp.sum(jnp.where(masked_BxT, x_BxT, 0), axis=1) / jnp.maximum(jnp.sum(masked_BxT, axis=1), 1)
-
-
-def _mean(x_BxTxGxV: jax.Array, valid_BxT: jax.Array | None) -> jax.Array:
-  """Mean over an example's valid frames, [B, G, V]."""
-  if valid_BxT is None:
-    return jnp.mean(x_BxTxGxV, axis=1)
-  total = jnp.sum(jnp.where(valid_BxT[..., None, None], x_BxTxGxV, 0), axis=1)
-  return total / jnp.maximum(jnp.sum(valid_BxT, axis=1), 1)[:, None, None]
+def _mean(x_BxTx_: jax.Array, where_BxT: jax.Array | None) -> jax.Array:
+  """Mean over those of an example's frames, [B, ...]; None: over all. A clip of a frame or more has some."""
+  if where_BxT is None:
+    return jnp.mean(x_BxTx_, axis=1)
+  where_BxTx_ = where_BxT.reshape(*where_BxT.shape, *(1,) * (x_BxTx_.ndim - 2))
+  return jnp.sum(jnp.where(where_BxTx_, x_BxTx_, 0), axis=1) / jnp.maximum(jnp.sum(where_BxTx_, axis=1), 1)
 
 
 def span_mask(key: jax.Array, frames: int, starts: int, span: int, length: jax.Array | None = None) -> jax.Array:
@@ -265,7 +260,7 @@ def contrastive_loss(context_BxTxE: jax.Array, target_BxTxE: jax.Array, masked_B
   differ = drawn & (similarity(unit[1], unit[1]) < 1 - 1e-4)
   best_BxT = jnp.max(jnp.where(differ, logits_BxTxT, -jnp.inf), axis=-1)
   found_BxT = (positive_BxT > best_BxT) & jnp.any(differ, axis=-1)
-  return _masked_mean(loss_BxT, masked_BxT), _masked_mean(found_BxT.astype(jnp.float32), masked_BxT)
+  return _mean(loss_BxT, masked_BxT), _mean(found_BxT.astype(jnp.float32), masked_BxT)
 
 
 def masked_prediction_loss(logits_BxTxGxV: jax.Array, ids_BxTxG: jax.Array, masked_BxT: jax.Array
@@ -274,8 +269,8 @@ def masked_prediction_loss(logits_BxTxGxV: jax.Array, ids_BxTxG: jax.Array, mask
   log_p = jax.nn.log_softmax(logits_BxTxGxV, axis=-1)
   loss = -jnp.take_along_axis(log_p, ids_BxTxG[..., None], axis=-1)[..., 0]
   right = jnp.argmax(logits_BxTxGxV, axis=-1) == ids_BxTxG
-  return (_masked_mean(jnp.mean(loss, axis=-1), masked_BxT),
-          _masked_mean(jnp.mean(right.astype(jnp.float32), axis=-1), masked_BxT))
+  return (_mean(jnp.mean(loss, axis=-1), masked_BxT),
+          _mean(jnp.mean(right.astype(jnp.float32), axis=-1), masked_BxT))
 
 
 def diversity_loss(probabilities_BxTxGxV: jax.Array, usage_GxV: jax.Array, valid_BxT: jax.Array | None = None
