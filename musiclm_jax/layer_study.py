@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ from musiclm_jax.training.checkpoint import Loaded
 
 TRAINED, UNTRAINED, LOG_MEL = 'trained', 'untrained', 'log_mel'
 _BATCH = 8
+_HEARD = 25 * _BATCH  # clips that are changed at a time
 _ROWS_PER_CODE = 200  # to fit clusters on
 _NOISE_DB = 10.0  # how far the noise of the harder test lies below the music
 # Of the harder tests: fitted on clean clips and asked in noise; fitted on other leads, or other keys, than asked.
@@ -122,7 +124,8 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
     # Pieces that no record set of the built-in music has.
     unheard = composer.Corpus(first=1_000_000, size=amounts.clips, seconds=amounts.seconds, split='test')
     asked_NxT, examples = _clips(unheard, amounts.clips, amounts.seconds, encoder)
-  heard = {CLEAN: asked_NxT, NOISE: _with_noise(asked_NxT, rate, seed)}
+  noisy = functools.partial(_with_noise, noises=noise.Corpus(
+      seed=seed, size=len(asked_NxT), seconds=asked_NxT.shape[1] / rate, sample_rate=rate))
   frames = asked_NxT.shape[1] // encoder.samples_per_frame
   asked = _Asked([e['attributes'] for e in examples], frames, encoder.frame_rate, seed, amounts.probes)
   codes = amounts.codes or encoder.codes
@@ -132,8 +135,8 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
   found: dict[tuple[str, str], dict[str, Any]] = {}
   right: dict[tuple[str, str], dict[tuple[str, str], np.ndarray]] = {}
   for network, layers, tokens_of in _tokenizers(loaded, clusters, fit_NxT, seed):
-    told = {name: tokens_of(clips) for name, clips in heard.items()}
-    used_LxNxF = told[CLEAN] if used_NxT is asked_NxT else tokens_of(used_NxT)
+    told = {CLEAN: _told(tokens_of, asked_NxT), NOISE: _told(tokens_of, asked_NxT, noisy)}
+    used_LxNxF = told[CLEAN] if used_NxT is asked_NxT else _told(tokens_of, used_NxT)
     for place, layer in enumerate(layers):
       at, used_NxF = (network, layer), used_LxNxF[place]
       counts_1xK = token_counts.level_counts(used_NxF[..., None], codes)
@@ -181,12 +184,19 @@ def _clips(corpus: source.Corpus, count: int, seconds: float, encoder: W2vBertCo
   return np.stack([clips[i][:length] for i in kept]), [examples[i] for i in kept]
 
 
-def _with_noise(audio_NxT: np.ndarray, rate: int, seed: int) -> np.ndarray:
-  """Each clip with one of the built-in noises, `_NOISE_DB` below it."""
-  noises = noise.Corpus(seed=seed, size=len(audio_NxT), seconds=audio_NxT.shape[1] / rate, sample_rate=rate)
+def _with_noise(audio_BxT: np.ndarray, first: int, noises: noise.Corpus) -> np.ndarray:
+  """Clips `first` and following, each with its noise, `_NOISE_DB` below it."""
   power = lambda x: np.sqrt(np.mean(np.square(x))) + 1e-9
   return np.stack([clip + np.float32(power(clip) / power(n) * 10 ** (-_NOISE_DB / 20)) * n
-                   for clip, n in ((clip, noises[i]['audio']) for i, clip in enumerate(audio_NxT))])
+                   for clip, n in ((clip, noises[first + i]['audio']) for i, clip in enumerate(audio_BxT))])
+
+
+def _told(tokens_of: Callable[[np.ndarray], np.ndarray], clips_NxT: np.ndarray,
+          heard: Callable[[np.ndarray, int], np.ndarray] = lambda clips_BxT, first: clips_BxT) -> np.ndarray:
+  """Tokens [L, N, F] of clips as `heard` makes them from some and the index of the first: never of all at once, which
+  would take as much memory again."""
+  return np.concatenate([tokens_of(heard(clips_NxT[first:first + _HEARD], first))
+                         for first in range(0, len(clips_NxT), _HEARD)], axis=1)
 
 
 def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray, seed: int,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from musiclm_jax import layer_study, main
-from musiclm_jax.data import composer, prepare
+from musiclm_jax.data import composer, noise, prepare
 from tests.trainings import experiment, save_random, write_signals
 
 FEW = layer_study.Amounts(fit_clips=12, clips=16, seconds=3.0, codes=8)
@@ -120,3 +120,15 @@ def test_a_short_clip_is_left_out_and_cuts_no_other():
   clip = lambda seconds: {'audio': np.ones(int(24000 * seconds), np.float32), 'sample_rate': 24000}
   clips, examples = layer_study._clips([clip(1.0), *(clip(4.0) for _ in range(19))], 20, 3.0, encoder)
   assert clips.shape == (19, 72000) and len(examples) == 19
+
+
+def test_clips_hear_their_own_noise_however_many_are_heard_at_a_time(monkeypatch):
+  rng = np.random.default_rng(0)
+  clips = rng.normal(size=(5, 24000)).astype(np.float32)
+  noises = noise.Corpus(seed=3, size=5, seconds=1.0)
+  noisy = lambda clips, first: layer_study._with_noise(clips, first, noises)
+  tokens_of = lambda audio: np.abs(audio[None, :, ::6000])
+  monkeypatch.setattr(layer_study, '_HEARD', 2)
+  told = layer_study._told(tokens_of, clips, noisy)
+  np.testing.assert_array_equal(told, tokens_of(noisy(clips, 0)))
+  assert len(np.unique(told - layer_study._told(tokens_of, clips))) > 5
