@@ -68,16 +68,3 @@ def test_music_at_24_khz_is_refused(tmp_path):
   with pytest.raises(ValueError, match='24000 samples a second, the network takes 16000'):
     experiment('w2v_bert', 'nano', RECORDS=tmp_path / 'music', NUM_STEPS=1).build(
         workdir=str(tmp_path / 'run'), dry_run=False)
-
-
-def test_codes_that_are_not_learned_stay_the_kmeans_they_began_as(tmp_path):
-  def codes(steps):
-    built = config.load_experiment(
-        ['experiments/w2v_bert.gin', 'size/nano.gin'],
-        [('NUM_STEPS', str(steps)), ('W2V_LEARNED_CODES', 'False'), ('W2V_WARMUP_STEPS', '1'),
-         ('partition.Partitioner.data', '1')], provided=('workdir', 'dry_run'))
-    workdir = tmp_path / str(steps)
-    built.build(workdir=str(workdir), dry_run=False)
-    return np.asarray(checkpoint.load(workdir).model.quantizer.logits.w[...])
-
-  np.testing.assert_array_equal(codes(3), codes(0))

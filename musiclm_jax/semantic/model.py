@@ -41,8 +41,6 @@ class W2vBertConfig:
       the output of the convolutions, as in the paper. Features turn in training to what is easiest to predict, which
       is what lasts: rhythm is lost from their codes first. A spectrogram stays what it is (arXiv 2202.01855 predicts
       codes of it, too).
-    learned_codes: whether training moves the boundaries of the codes, as in the paper, to what is easiest to tell under
-      a mask; else they stay the k-means of the first batch, as the random ones of arXiv 2202.01855 stay.
   """
 
   mel: MelConfig
@@ -53,14 +51,10 @@ class W2vBertConfig:
   codes: int
   code_width: int
   targets: str = 'features'
-  learned_codes: bool = True
 
   def __post_init__(self):
     if self.targets not in ('spectrogram', 'features'):
       raise ValueError(f'targets must be "spectrogram" or "features", found {self.targets!r}')
-    if self.targets == 'features' and not self.learned_codes:
-      raise ValueError('codes of "features", which change in training, must be learned: set learned_codes, or make '
-                       'codes of the "spectrogram"')
     if self.contrastive.width != self.masked.width:
       raise ValueError(
           f'the contrastive stack has width {self.contrastive.width} and the masked-prediction stack '
@@ -112,19 +106,14 @@ class Codes(NamedTuple):
 
 
 class GumbelQuantizer(nnx.Module):
-  """Product quantization with a straight-through Gumbel softmax (arXiv 2006.11477, section 2).
+  """Product quantization with a straight-through Gumbel softmax (arXiv 2006.11477, section 2)."""
 
-  Where codes are not `learned`, what chooses them are buffers: only their vectors are trained.
-  """
-
-  def __init__(self, width: int, groups: int, codes: int, code_width: int, *, learned: bool = True, rngs: nnx.Rngs):
+  def __init__(self, width: int, groups: int, codes: int, code_width: int, *, rngs: nnx.Rngs):
     self.shape = (groups, codes)
     # A random partition, sharp from step 0 (unit weights on normalised features, as wav2vec 2.0 starts), until
     # `kmeans_start` gives a better one.
     # Rows of a spectrogram are few: nothing is gained by sharding them.
     self.logits = Linear(width, groups * codes, axes=(None, 'codebook'), bias=True, scale=width**0.5, rngs=rngs)
-    if not learned:
-      self.logits.w, self.logits.b = (nnx.Variable(p[...], axes=p.axes) for p in (self.logits.w, self.logits.b))
     vectors = jax.random.normal(rngs.params(), (groups, codes, code_width // groups))
     self.vectors = nnx.Param(vectors, axes=(None, 'codebook', None))
     self.project = Linear(code_width, code_width, bias=True, rngs=rngs)
@@ -206,8 +195,7 @@ class W2vBert(nnx.Module):
     self.input = Linear(width, width, bias=True, rngs=rngs)
     self.contrastive = Conformer(c.contrastive, rngs=rngs)
     self.masked = Conformer(c.masked, rngs=rngs)
-    self.quantizer = GumbelQuantizer(c.target_width, c.groups, c.codes, c.code_width, learned=c.learned_codes,
-                                     rngs=rngs)
+    self.quantizer = GumbelQuantizer(c.target_width, c.groups, c.codes, c.code_width, rngs=rngs)
     self.context = Linear(width, c.code_width, bias=True, rngs=rngs)
     self.prediction = Linear(width, c.groups * c.codes, axes=('embed', 'codebook'), bias=True, rngs=rngs)
     self.mel_mean = nnx.Variable(jnp.zeros((c.mel.bands,)), axes=(None,))

@@ -283,24 +283,6 @@ def test_the_codes_do_not_shape_the_features(targets):
   assert difference.max() > 1e-5
 
 
-def test_codes_that_are_not_learned_are_no_parameters():
-  learned, kept = (configs.training(encoder=configs.encoder(targets='spectrogram', learned_codes=learn))
-                   for learn in (True, False))
-  (_, params, _), (graphdef, fewer, buffers) = (configs.split(o.model(nnx.Rngs(0))) for o in (learned, kept))
-  paths = lambda tree: {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
-  assert paths(params) - paths(fewer) == {"['quantizer']['logits']['w']", "['quantizer']['logits']['b']"}
-  np.testing.assert_array_equal(buffers['quantizer']['logits']['w'], params['quantizer']['logits']['w'])
-  # The vectors of the codes are what the contrastive loss compares with, and are learned.
-  gradient = jax.grad(lambda p: kept.loss(
-      nnx.merge(graphdef, p, buffers), configs.batch(kept), KEY, training=True)[0])(fewer)
-  assert np.abs(gradient['quantizer']['vectors']).max() > 0
-
-
-def test_codes_of_features_must_be_learned():
-  with pytest.raises(ValueError, match='must be learned: set learned_codes'):
-    configs.encoder(targets='features', learned_codes=False)
-
-
 def test_a_few_steps_learn_the_targets():
   objective, params, buffers, run = _loss()
   optimizer = optax.adam(3e-3)
