@@ -30,7 +30,6 @@ from musiclm_jax.training.checkpoint import Loaded
 
 TRAINED, UNTRAINED, LOG_MEL = 'trained', 'untrained', 'log_mel'
 _BATCH = 8
-_HEARD = 25 * _BATCH  # clips that are changed at a time
 _ROWS_PER_CODE = 200  # to fit clusters on
 _NOISE_DB = 10.0  # how far the noise of the harder test lies below the music
 # Of the harder tests: fitted on clean clips and asked in noise; fitted on other leads, or other keys, than asked.
@@ -134,9 +133,12 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
 
   found: dict[tuple[str, str], dict[str, Any]] = {}
   right: dict[tuple[str, str], dict[tuple[str, str], np.ndarray]] = {}
-  for network, layers, tokens_of in _tokenizers(loaded, clusters, fit_NxT, seed):
-    told = {CLEAN: _told(tokens_of, asked_NxT), NOISE: _told(tokens_of, asked_NxT, noisy)}
-    used_LxNxF = told[CLEAN] if used_NxT is asked_NxT else _told(tokens_of, used_NxT)
+  tokenizers = list(_tokenizers(loaded, clusters, fit_NxT, seed))
+  heard = {CLEAN: _told(tokenizers, asked_NxT), NOISE: _told(tokenizers, asked_NxT, noisy)}
+  used = heard[CLEAN] if used_NxT is asked_NxT else _told(tokenizers, used_NxT)
+  for network, layers, _ in tokenizers:
+    told = {name: tokens[network] for name, tokens in heard.items()}
+    used_LxNxF = used[network]
     for place, layer in enumerate(layers):
       at, used_NxF = (network, layer), used_LxNxF[place]
       counts_1xK = token_counts.level_counts(used_NxF[..., None], codes)
@@ -184,24 +186,32 @@ def _clips(corpus: source.Corpus, count: int, seconds: float, encoder: W2vBertCo
   return np.stack([clips[i][:length] for i in kept]), [examples[i] for i in kept]
 
 
-def _with_noise(audio_BxT: np.ndarray, first: int, noises: noise.Corpus) -> np.ndarray:
-  """Clips `first` and following, each with its noise, `_NOISE_DB` below it."""
+def _with_noise(audio_BxT: np.ndarray, index_B: np.ndarray, noises: noise.Corpus) -> np.ndarray:
+  """Each clip with the noise of its index, `_NOISE_DB` below it."""
   power = lambda x: np.sqrt(np.mean(np.square(x))) + 1e-9
   return np.stack([clip + np.float32(power(clip) / power(n) * 10 ** (-_NOISE_DB / 20)) * n
-                   for clip, n in ((clip, noises[first + i]['audio']) for i, clip in enumerate(audio_BxT))])
+                   for clip, n in ((clip, noises[int(i)]['audio']) for clip, i in zip(audio_BxT, index_B))])
 
 
-def _told(tokens_of: Callable[[np.ndarray], np.ndarray], clips_NxT: np.ndarray,
-          heard: Callable[[np.ndarray, int], np.ndarray] = lambda clips_BxT, first: clips_BxT) -> np.ndarray:
-  """Tokens [L, N, F] of clips as `heard` makes them from some and the index of the first: never of all at once, which
-  would take as much memory again."""
-  return np.concatenate([tokens_of(heard(clips_NxT[first:first + _HEARD], first))
-                         for first in range(0, len(clips_NxT), _HEARD)], axis=1)
+_Tokenizer = tuple[str, Sequence[str], Callable[[np.ndarray], np.ndarray]]
+
+
+def _told(tokenizers: Sequence[_Tokenizer], clips_NxT: np.ndarray,
+          heard: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda clips_BxT, index_B: clips_BxT,
+          ) -> dict[str, np.ndarray]:
+  """{network: tokens [L, N, F]} of clips as `heard` makes them from a batch and its indices: once for all networks, and
+  never of all clips at once, which would take as much memory again."""
+  def tokens(clips_BxT, index_B):
+    heard_BxT = heard(clips_BxT, index_B)
+    return {network: tokens_of(heard_BxT) for network, _, tokens_of in tokenizers}
+
+  told = batched.in_batches(tokens, clips_NxT, np.arange(len(clips_NxT)), batch_size=_BATCH)
+  return {network: np.moveaxis(tokens_NxLxF, 1, 0) for network, tokens_NxLxF in told.items()}
 
 
 def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray, seed: int,
-                ) -> Iterator[tuple[str, Sequence[str], Callable[[np.ndarray], np.ndarray]]]:
-  """(network, its layers, function from clips [N, T] to the tokens of each [L, N, F]), of the baseline first."""
+                ) -> Iterator[_Tokenizer]:
+  """(network, its layers, function from clips [B, T] to the tokens of each [B, L, F]), of the baseline first."""
   encoder = loaded.objective.encoder
   untrained = loaded.objective.model(nnx.Rngs(seed))
   untrained.mel_mean[...], untrained.mel_deviation[...] = loaded.model.mel_mean[...], loaded.model.mel_deviation[...]
@@ -210,7 +220,7 @@ def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray
   fit_NxT = fit_NxT[np.linspace(0, len(fit_NxT) - 1, clips).astype(int)]
   mel = lambda audio_NxT: probes.log_mel_rows(encoder, audio_NxT, batch_size=_BATCH)
   found = probes.fitted(clusters, mel(fit_NxT), seed)
-  yield LOG_MEL, ('',), lambda audio_NxT: np.asarray(probes.tokens(found, mel(audio_NxT)))[None]
+  yield LOG_MEL, ('',), lambda audio_BxT: probes.tokens(found, mel(audio_BxT))[:, None]
   for network, model in ((UNTRAINED, untrained), (TRAINED, loaded.model)):
     one, every = states.compiled(model, _one_layer), states.compiled(model, _tokens)
     fit = []
@@ -218,8 +228,7 @@ def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray
       rows = batched.in_batches(lambda audio, one=one, place=np.int32(place): one(audio, place), fit_NxT,
                                 batch_size=_BATCH)
       fit.append(probes.fitted(clusters, rows, seed))
-    yield network, encoder.layer_names, lambda audio_NxT, every=every, fit=fit: np.moveaxis(
-        batched.in_batches(lambda audio: every(audio, fit), audio_NxT, batch_size=_BATCH), 1, 0)
+    yield network, encoder.layer_names, lambda audio_BxT, every=every, fit=fit: every(audio_BxT, fit)
 
 
 def _one_layer(model: W2vBert, audio_BxN: jax.Array, place: jax.Array) -> jax.Array:

@@ -126,9 +126,10 @@ def test_clips_hear_their_own_noise_however_many_are_heard_at_a_time(monkeypatch
   rng = np.random.default_rng(0)
   clips = rng.normal(size=(5, 24000)).astype(np.float32)
   noises = noise.Corpus(seed=3, size=5, seconds=1.0)
-  noisy = lambda clips, first: layer_study._with_noise(clips, first, noises)
-  tokens_of = lambda audio: np.abs(audio[None, :, ::6000])
-  monkeypatch.setattr(layer_study, '_HEARD', 2)
-  told = layer_study._told(tokens_of, clips, noisy)
-  np.testing.assert_array_equal(told, tokens_of(noisy(clips, 0)))
-  assert len(np.unique(told - layer_study._told(tokens_of, clips))) > 5
+  noisy = lambda clips, index: layer_study._with_noise(clips, index, noises)
+  tokens_of = lambda audio: np.abs(audio[:, None, ::6000])
+  monkeypatch.setattr(layer_study, '_BATCH', 2)
+  tokenizers = [('one', ('',), tokens_of)]
+  told = layer_study._told(tokenizers, clips, noisy)['one']
+  np.testing.assert_array_equal(told[0], tokens_of(noisy(clips, range(5)))[:, 0])
+  assert len(np.unique(told - layer_study._told(tokenizers, clips)['one'])) > 5
