@@ -1,7 +1,7 @@
 """Which layer of a w2v-BERT to make semantic tokens from: what the tokens of each would tell.
 
 Every layer gets its own clusters, fitted as the tokens that ship (`experiments/semantic_tokens.gin`), beside the same
-layers before training and k-means of plain log-mel.
+layers before training, k-means of plain log-mel, and the codes that the network learned to predict.
 
 Shapes: N clips, T samples, F frames, L layers, R answers to a probe.
 """
@@ -28,7 +28,7 @@ from musiclm_jax.semantic.tokenizer import SemanticTokenizer
 from musiclm_jax.training import checkpoint, state as states
 from musiclm_jax.training.checkpoint import Loaded
 
-TRAINED, UNTRAINED, LOG_MEL = 'trained', 'untrained', 'log_mel'
+TRAINED, UNTRAINED, LOG_MEL, TARGETS = 'trained', 'untrained', 'log_mel', 'targets'
 _BATCH = 8
 _ROWS_PER_CODE = 200  # to fit clusters on
 _NOISE_DB = 10.0  # how far the noise of the harder test lies below the music
@@ -94,7 +94,7 @@ class Study:
 
 
 def _numbered(row: Mapping[str, Any]) -> str:
-  return f'{row["place"]}: {row["layer"]}' if row['layer'] else ''
+  return row['layer'] if row['place'] is None else f'{row["place"]}: {row["layer"]}'
 
 
 def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_IN,
@@ -141,11 +141,12 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
     used_LxNxF = used[network]
     for place, layer in enumerate(layers):
       at, used_NxF = (network, layer), used_LxNxF[place]
-      counts_1xK = token_counts.level_counts(used_NxF[..., None], codes)
-      found[at] = {'network': network, 'layer': layer, 'place': place if layer else None,
-                   'perplexity': float(token_counts.perplexity(counts_1xK)[0]) / codes,
+      size = encoder.codes if network == TARGETS else codes
+      counts_1xK = token_counts.level_counts(used_NxF[..., None], size)
+      found[at] = {'network': network, 'layer': layer, 'place': place if network in (TRAINED, UNTRAINED) else None,
+                   'perplexity': float(token_counts.perplexity(counts_1xK)[0]) / size,
                    'repeats': float(np.mean(used_NxF[:, 1:] == used_NxF[:, :-1]))}
-      right[at] = asked.answered({name: tokens_LxNxF[place] for name, tokens_LxNxF in told.items()}, codes)
+      right[at] = asked.answered({name: tokens_LxNxF[place] for name, tokens_LxNxF in told.items()}, size)
       print(f'studied {network} {layer}', flush=True)
   for at in found:
     rivals = {UNTRAINED: (UNTRAINED, at[1]), LOG_MEL: (LOG_MEL, '')} if at[0] == TRAINED else {}
@@ -221,6 +222,7 @@ def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray
   mel = lambda audio_NxT: probes.log_mel_rows(encoder, audio_NxT, batch_size=_BATCH)
   found = probes.fitted(clusters, mel(fit_NxT), seed)
   yield LOG_MEL, ('',), lambda audio_BxT: probes.tokens(found, mel(audio_BxT))[:, None]
+  yield TARGETS, tuple(f'group {i + 1}' for i in range(encoder.groups)), states.compiled(loaded.model, _targets)
   for network, model in ((UNTRAINED, untrained), (TRAINED, loaded.model)):
     one, every = states.compiled(model, _one_layer), states.compiled(model, _tokens)
     fit = []
@@ -229,6 +231,13 @@ def _tokenizers(loaded: Loaded, clusters: SemanticTokenizer, fit_NxT: np.ndarray
                                 batch_size=_BATCH)
       fit.append(probes.fitted(clusters, rows, seed))
     yield network, encoder.layer_names, lambda audio_BxT, every=every, fit=fit: every(audio_BxT, fit)
+
+
+def _targets(model: W2vBert, audio_BxN: jax.Array) -> jax.Array:
+  """The codes of each group, int32 [B, G, F]."""
+  mel_BxFxM = model.spectrogram(audio_BxN)
+  codes = model.quantizer(model.target_rows(mel_BxFxM, model.subsampling(mel_BxFxM)))
+  return jnp.moveaxis(codes.ids_BxTxG, -1, 1)
 
 
 def _one_layer(model: W2vBert, audio_BxN: jax.Array, place: jax.Array) -> jax.Array:

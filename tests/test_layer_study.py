@@ -45,6 +45,7 @@ def test_a_table_and_a_plot_of_every_layer(folder, capsys):
   assert not stopped.value.code
   printed = capsys.readouterr().out
   assert 'asked in noise at 10 dB' in printed and 'trained 4: masked 2' in printed and 'log-mel' in printed
+  assert 'targets group 2' in printed
   assert (folder / 'study' / 'layers.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -52,7 +53,7 @@ def test_a_table_and_a_plot_of_every_layer(folder, capsys):
 def test_each_probe_has_its_interval_and_what_it_gains(folder):
   found = layer_study.study(folder / 'w2v_bert', records=folder / 'music', amounts=FEW).figures
   rows = [(row['network'], row['layer']) for row in found['layers']]
-  assert rows[:2] == [('log_mel', ''), ('untrained', 'convolutions')] and len(rows) == 11
+  assert rows[:3] == [('log_mel', ''), ('targets', 'group 1'), ('targets', 'group 2')] and len(rows) == 13
   last = found['layers'][-1]
   assert last['network'] == 'trained' and 0 < last['perplexity'] <= 1 and 0 <= last['repeats'] < 1
   for name in ('tempo', 'meter', 'drum_style', 'timbre', 'chord', 'pitch_class', 'onset'):
@@ -133,3 +134,14 @@ def test_clips_hear_their_own_noise_however_many_are_heard_at_a_time(monkeypatch
   told = layer_study._told(tokenizers, clips, noisy)['one']
   np.testing.assert_array_equal(told[0], tokens_of(noisy(clips, range(5)))[:, 0])
   assert len(np.unique(told - layer_study._told(tokenizers, clips)['one'])) > 5
+
+
+def test_targets_are_the_codes_that_training_counts():
+  objective = experiment('w2v_bert').argument('objective')
+  model = objective.model(nnx.Rngs(0))
+  audio = jax.random.normal(jax.random.key(2), (2, objective.samples)) * 0.1
+  _, aux = objective.loss(model, {'audio': audio, 'slot': np.arange(2)}, jax.random.key(0), training=False)
+  found = np.asarray(layer_study._targets(model, audio))
+  assert found.shape == (2, objective.encoder.groups, objective.frames)
+  share = np.stack([np.bincount(group.ravel(), minlength=objective.encoder.codes) for group in found.swapaxes(0, 1)])
+  np.testing.assert_allclose(aux.statistics['hard'], share / objective.frames, atol=1e-5)
