@@ -26,7 +26,7 @@ _ROWS_PER_CODE = 64  # as many as k-means at the start needs at most
 
 @dataclasses.dataclass(frozen=True)
 class W2vBertTraining(Objective):
-  """L = contrastive + 0.1 diversity + masked prediction.
+  """L = contrastive + 0.1 diversity + masked prediction + heard_weight * prediction where nothing is masked.
 
   Attributes:
     encoder: sizes of the network.
@@ -37,6 +37,8 @@ class W2vBertTraining(Objective):
     negatives: distractors of each masked frame, from the other masked frames of its own clip.
     temperature: of the contrastive loss.
     contrastive_weight, diversity_weight, masked_weight: of the three terms.
+    heard_weight: of the same cross-entropy of the frames that are not masked, as in HuBERT (arXiv 2106.07447, section
+      II-B). 0 in w2v-BERT, whose blocks need to keep of a frame no more than tells of others.
     gumbel_first, gumbel_last, gumbel_steps: temperature of the Gumbel softmax, annealed geometrically over
       that many steps (arXiv 2006.11477, section 4.2: from 2 to 0.5).
     usage_decay: of the moving average of code usage, a step.
@@ -52,6 +54,7 @@ class W2vBertTraining(Objective):
   contrastive_weight: float = 1.0
   diversity_weight: float = 0.1
   masked_weight: float = 1.0
+  heard_weight: float = 0.0
   gumbel_first: float = 2.0
   gumbel_last: float = 0.5
   gumbel_steps: int = 100_000
@@ -134,7 +137,7 @@ class W2vBertTraining(Objective):
 
     hidden = model.masked(context, valid_BxT=valid_BxT, keys_B=second_B if training else None)
     logits = model.prediction(hidden).astype(jnp.float32).reshape(codes.probabilities_BxTxGxV.shape)
-    masked_B, right_B = masked_prediction_loss(logits, codes.ids_BxTxG, masked_BxT)
+    masked_B, right_B = prediction_loss(logits, codes.ids_BxTxG, masked_BxT)
     diversity_B = diversity_loss(codes.probabilities_BxTxGxV, model.soft_usage[...], valid_BxT)
 
     loss_B = (self.contrastive_weight * (contrastive_B + self.diversity_weight * diversity_B)
@@ -152,6 +155,11 @@ class W2vBertTraining(Objective):
         'target_perplexity': jnp.exp(entropy),
         'gumbel_temperature': temperature,
     }
+    if self.heard_weight:
+      heard_BxT = ~masked_BxT if valid_BxT is None else valid_BxT & ~masked_BxT
+      heard_B, right_B = prediction_loss(logits, codes.ids_BxTxG, heard_BxT)
+      loss_B += self.heard_weight * heard_B
+      metrics['heard_accuracy'] = jnp.mean(right_B)
     hard = jax.nn.one_hot(codes.ids_BxTxG, self.encoder.codes)
     statistics = {
         'examples': jnp.float32(features.shape[0]),
@@ -263,14 +271,14 @@ def contrastive_loss(context_BxTxE: jax.Array, target_BxTxE: jax.Array, masked_B
   return _mean(loss_BxT, masked_BxT), _mean(found_BxT.astype(jnp.float32), masked_BxT)
 
 
-def masked_prediction_loss(logits_BxTxGxV: jax.Array, ids_BxTxG: jax.Array, masked_BxT: jax.Array
-                           ) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy in nats and accuracy [B] over the masked frames, averaged over the groups."""
+def prediction_loss(logits_BxTxGxV: jax.Array, ids_BxTxG: jax.Array, where_BxT: jax.Array
+                    ) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy in nats and accuracy [B] over some frames, averaged over the groups."""
   log_p = jax.nn.log_softmax(logits_BxTxGxV, axis=-1)
   loss = -jnp.take_along_axis(log_p, ids_BxTxG[..., None], axis=-1)[..., 0]
   right = jnp.argmax(logits_BxTxGxV, axis=-1) == ids_BxTxG
-  return (_mean(jnp.mean(loss, axis=-1), masked_BxT),
-          _mean(jnp.mean(right.astype(jnp.float32), axis=-1), masked_BxT))
+  return (_mean(jnp.mean(loss, axis=-1), where_BxT),
+          _mean(jnp.mean(right.astype(jnp.float32), axis=-1), where_BxT))
 
 
 def diversity_loss(probabilities_BxTxGxV: jax.Array, usage_GxV: jax.Array, valid_BxT: jax.Array | None = None

@@ -73,6 +73,35 @@ def test_what_follows_a_clip_is_not_heard_and_counts_in_nothing():
   assert abs(float(loss) - float(first[0])) > 1e-4
 
 
+def test_codes_of_heard_frames_count_as_much_as_is_said():
+  objective, params, buffers, _ = _loss()
+  graphdef, *_ = configs.split(objective.model(nnx.Rngs(0)))
+  batch = configs.batch(objective)
+  half = {**batch, 'length': jnp.full(len(batch['audio']), objective.samples // 2, jnp.int32)}
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(weight, batch):
+    return dataclasses.replace(objective, heard_weight=weight).loss(
+        nnx.merge(graphdef, params, buffers), batch, KEY, training=False)
+
+  (none, without), (some, _), (one, aux) = (run(weight, batch) for weight in (0.0, 0.5, 1.0))
+  np.testing.assert_allclose(one - none, 2 * (some - none), rtol=1e-4)
+  assert 0.5 < float(one - none) / float(without.metrics['masked_cross_entropy']) < 2
+  assert 'heard_accuracy' not in without.metrics and 0 <= float(aux.metrics['heard_accuracy']) <= 1
+  # What follows a clip counts in nothing.
+  cut = {**half, 'audio': jnp.where(jnp.arange(objective.samples) < objective.samples // 2, batch['audio'], 0)}
+  np.testing.assert_allclose(run(1.0, cut)[0], run(1.0, half)[0], rtol=1e-5)
+
+
+def test_heard_frames_are_those_that_are_not_masked():
+  logits = jnp.zeros((1, 4, 1, 2)).at[0, :, 0, 0].set(jnp.array([9.0, 9.0, -9.0, -9.0]))
+  ids = jnp.zeros((1, 4, 1), jnp.int32)
+  for where, share in (((1, 1, 0, 0), 1.0), ((0, 0, 1, 1), 0.0), ((0, 1, 1, 1), 1 / 3)):
+    loss, right = ours.prediction_loss(logits, ids, jnp.array([where], bool))
+    np.testing.assert_allclose(right, [share], rtol=1e-6)
+    np.testing.assert_allclose(loss, [9 * (1 - share)], atol=1e-3)
+
+
 def test_the_start_hears_the_clips_alone():
   objective = configs.training()
   batch = configs.batch(objective)
