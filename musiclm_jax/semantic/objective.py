@@ -157,9 +157,9 @@ class W2vBertTraining(Objective):
     }
     if self.heard_weight:
       heard_BxT = ~masked_BxT if valid_BxT is None else valid_BxT & ~masked_BxT
-      heard_B, right_B = prediction_loss(logits, codes.ids_BxTxG, heard_BxT)
+      heard_B, told_B = prediction_loss(logits, codes.ids_BxTxG, heard_BxT)
       loss_B += self.heard_weight * heard_B
-      metrics['heard_accuracy'] = jnp.mean(right_B)
+      metrics['heard_accuracy'] = jnp.mean(told_B)
     hard = jax.nn.one_hot(codes.ids_BxTxG, self.encoder.codes)
     statistics = {
         'examples': jnp.float32(features.shape[0]),

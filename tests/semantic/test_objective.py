@@ -93,7 +93,25 @@ def test_codes_of_heard_frames_count_as_much_as_is_said():
   np.testing.assert_allclose(run(1.0, cut)[0], run(1.0, half)[0], rtol=1e-5)
 
 
-def test_heard_frames_are_those_that_are_not_masked():
+def test_heard_frames_are_those_of_the_clip_that_are_not_masked(monkeypatch):
+  objective, params, buffers, _ = _loss()
+  graphdef, *_ = configs.split(objective.model(nnx.Rngs(0)))
+  batch = configs.batch(objective)
+  frames = jnp.array([objective.frames, objective.frames // 2] * (len(batch['audio']) // 2))
+  counted, loss_of = [], ours.prediction_loss
+  monkeypatch.setattr(ours, 'prediction_loss', lambda logits, ids, where: counted.append(where) or loss_of(
+      logits, ids, where))
+  short = {'length': frames * objective.encoder.samples_per_frame}
+  for length, clips in ({}, objective.frames), (short, frames[:, None]):
+    counted.clear()
+    dataclasses.replace(objective, heard_weight=0.5).loss(
+        nnx.merge(graphdef, params, buffers), {**batch, **length}, KEY, training=False)
+    masked, heard = map(np.asarray, counted)
+    assert masked.any() and heard.any() and not (masked & heard).any()
+    np.testing.assert_array_equal(masked | heard, jnp.broadcast_to(jnp.arange(objective.frames) < clips, masked.shape))
+
+
+def test_prediction_loss_is_that_of_the_frames_it_is_asked_of():
   logits = jnp.zeros((1, 4, 1, 2)).at[0, :, 0, 0].set(jnp.array([9.0, 9.0, -9.0, -9.0]))
   ids = jnp.zeros((1, 4, 1), jnp.int32)
   for where, share in (((1, 1, 0, 0), 1.0), ((0, 0, 1, 1), 0.0), ((0, 1, 1, 1), 1 / 3)):
