@@ -71,10 +71,15 @@ class Objective:
     """The scalar to minimise. Per-example randomness comes from `axes.example_keys(key, batch['slot'])`."""
     raise NotImplementedError
 
-  def start(self, model: nnx.Module, batch: Batch, key: jax.Array) -> Any:
-    """What a data-dependent start on the first batch changes: a pure dict of any of the model's variables.
+  def start_batches(self, batch_size: int) -> int:
+    """How many batches of that size `start` asks for."""
+    del batch_size
+    return 1
 
-    Called once, before step 0 of a fresh run.
+  def start(self, model: nnx.Module, batch: Batch, key: jax.Array) -> Any:
+    """What a data-dependent start changes: a pure dict of any of the model's variables.
+
+    Called once, before step 0 of a fresh run, with the rows of its first `start_batches` as one batch.
     """
     del model, batch, key
     return {}

@@ -400,8 +400,10 @@ class _Run:
     return jax.tree.map(_laid_out, taken, self.shardings)
 
   def _data_dependent_start(self, state: TrainState, batches: Batches) -> TrainState:
-    """Variables from the first batch (codebooks by k-means)."""
-    batch = self.partitioner.global_batch(batches(0, jax.process_index(), jax.process_count()))
+    """Variables from the first batches (codebooks by k-means)."""
+    first = [batches(step, jax.process_index(), jax.process_count())
+             for step in range(self.objective.start_batches(batches.batch_size))]
+    batch = self.partitioner.global_batch({name: np.concatenate([b[name] for b in first]) for name in first[0]})
     start = jax.jit(lambda s, b, key: states.started(self.objective, self.skeleton, s, b, key),
                     out_shardings=self.shardings)
     return start(state, batch, jax.random.fold_in(self.init_key, 1))

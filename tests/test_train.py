@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from musiclm_jax import train
+from musiclm_jax.semantic.model import mel_statistics
 from musiclm_jax.training import checkpoint
-from tests.trainings import experiment, save_random, write_tokens
+from tests.trainings import experiment, save_random, write_signals, write_tokens
 
 
 def test_a_run_that_would_keep_no_checkpoint_is_refused():
@@ -73,3 +74,22 @@ def test_a_run_goes_on_past_a_damaged_step_without_its_donor_and_keeps_what_it_w
   (tmp_path / 'run' / 'checkpoints' / '2' / 'about' / 'specs.json').write_text('{')
   assert run(2, INIT_FROM=tmp_path / 'donor') == donor
   assert run(3) == donor
+
+
+def test_the_start_hears_as_many_batches_as_the_objective_asks_for(tmp_path):
+  audio = write_signals(tmp_path / 'audio')
+  made = experiment('w2v_bert', RECORDS=audio, NUM_STEPS=0, **{'partition.Partitioner.data': 1})
+  made.build(workdir=str(tmp_path / 'run'), dry_run=False)
+  objective, batches = made.macro('OBJECTIVE'), made.macro('BATCHES')
+  count = objective.start_batches(batches.batch_size)
+  assert count > 2
+  first = [batches(step) for step in range(count)]
+
+  def mean_of(parts):
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in ('audio', 'length')}
+    encoder = objective.encoder
+    return mel_statistics(whole['audio'], encoder.mel, encoder.valid(objective.samples, whole['length']))[0]
+
+  found = checkpoint.load(tmp_path / 'run').model.mel_mean[...]
+  np.testing.assert_allclose(found, mean_of(first), atol=1e-4)
+  assert np.abs(found - mean_of(first[:-1])).max() > 1e-3

@@ -21,7 +21,8 @@ from musiclm_jax import axes
 from musiclm_jax.objective import Aux, Batch, Objective
 from musiclm_jax.semantic.model import W2vBert, W2vBertConfig, mel_statistics
 
-_ROWS_PER_CODE = 64  # as many as k-means at the start needs at most
+# As many as the k-means of the start asks for; with 6, most codes are empty and few tell a pitch (docs/semantic.md).
+_ROWS_PER_CODE = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,11 @@ class W2vBertTraining(Objective):
     return {'audio': jax.ShapeDtypeStruct((batch_size, self.samples), jnp.float32),
             'slot': jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
 
+  def start_batches(self, batch_size: int) -> int:
+    return -(-_ROWS_PER_CODE * self.encoder.codes // (batch_size * self.frames))
+
   def start(self, model: W2vBert, batch: Batch, key: jax.Array) -> Any:
-    """Normalises the mel bands by the first batch, and starts the quantizer as a k-means of what is to be predicted.
+    """Normalises the mel bands by the first batches, and starts the quantizer as a k-means of what is to be predicted.
 
     Our choice: the cells of a random partition cut through what belongs together. At size tiny drum styles can be
     read from the first codes of a k-means with an accuracy of 0.64 and from those of a random partition with 0.46.
