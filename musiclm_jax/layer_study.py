@@ -40,13 +40,14 @@ _APART = {OTHER_LEADS: ('lead', ('tempo', 'meter', 'drum_style', 'chord', 'pitch
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-  """Clips to fit clusters on, clips to ask (held out), and seconds of each at most; codes, 0 for the network's own; the
-  probes by name, () for all."""
+  """Clips to fit clusters on, clips to ask (held out), and seconds of each at most; codes, 0 for the network's own;
+  whether dimensions are decorrelated, as in `SemanticTokenizer`; the probes by name, () for all."""
 
   fit_clips: int = 1000
   clips: int = 400
   seconds: float = 10.0
   codes: int = 0
+  decorrelate: bool = True
   probes: tuple[str, ...] = ()
 
   def __post_init__(self):
@@ -129,7 +130,7 @@ def study(run: str | os.PathLike, *, records: str | os.PathLike = source.BUILT_I
   asked = _Asked([e['attributes'] for e in examples], frames, encoder.frame_rate, seed, amounts.probes)
   codes = amounts.codes or encoder.codes
   clusters = SemanticTokenizer(encoder, layer=1, codebook_size=codes, iterations=20, seconds=amounts.seconds,
-                               decorrelate=True)
+                               decorrelate=amounts.decorrelate)
 
   found: dict[tuple[str, str], dict[str, Any]] = {}
   right: dict[tuple[str, str], dict[tuple[str, str], np.ndarray]] = {}

@@ -299,7 +299,8 @@ def semantic(args: argparse.Namespace) -> None:
   if args.records and args.records != 'builtin':
     _existing(args.records, '--records')
   study = importlib.import_module('musiclm_jax.layer_study')
-  amounts = study.Amounts(probes=tuple(args.probes or ()), **_given(args, 'clips', 'fit_clips', 'seconds', 'codes'))
+  amounts = study.Amounts(decorrelate=not args.per_dimension, probes=tuple(args.probes or ()),
+                          **_given(args, 'clips', 'fit_clips', 'seconds', 'codes'))
   print(study.study(args.w2v, amounts=amounts, **_given(args, 'records', 'output', 'seed')).text())
 
 
@@ -605,6 +606,8 @@ example:
   p.add_argument('--output', metavar='DIR', help='where layers.json and layers.png go; the run if not given')
   p.add_argument('--codes', metavar='K', type=_positive(int),
                  help='clusters a layer; as many as the network has targets if not given')
+  p.add_argument('--per_dimension', action='store_true',
+                 help='divide each dimension by its own deviation, as AudioLM does, and decorrelate none')
   p.add_argument('--clips', metavar='N', type=_positive(int), help='held-out clips to ask; default: 400')
   p.add_argument('--fit_clips', metavar='N', type=_positive(int), help='clips to fit clusters on; default: 1000')
   p.add_argument('--seconds', metavar='S', type=_positive(float), help='of each clip at most; default: 10')

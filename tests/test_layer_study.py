@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from flax import nnx
 import jax
@@ -41,17 +42,20 @@ def test_every_layer_is_what_each_layer_gives_alone():
 def test_a_table_and_a_plot_of_every_layer(folder, capsys):
   with pytest.raises(SystemExit) as stopped:
     main.main(['semantic', 'layers', '--w2v', str(folder), '--records', str(folder / 'music'), '--clips', '16',
-               '--fit_clips', '12', '--seconds', '3', '--codes', '8', '--output', str(folder / 'study')])
+               '--fit_clips', '12', '--seconds', '3', '--codes', '8', '--per_dimension',
+               '--output', str(folder / 'study')])
   assert not stopped.value.code
   printed = capsys.readouterr().out
   assert 'asked in noise at 10 dB' in printed and 'trained 4: masked 2' in printed and 'log-mel' in printed
   assert 'targets group 2' in printed
   assert (folder / 'study' / 'layers.png').read_bytes().startswith(b'\x89PNG')
+  assert not json.loads((folder / 'study' / 'layers.json').read_text())['decorrelate']
 
 
 @pytest.mark.slow
 def test_each_probe_has_its_interval_and_what_it_gains(folder):
   found = layer_study.study(folder / 'w2v_bert', records=folder / 'music', amounts=FEW).figures
+  assert found['decorrelate']
   rows = [(row['network'], row['layer']) for row in found['layers']]
   assert rows[:3] == [('log_mel', ''), ('targets', 'group 1'), ('targets', 'group 2')] and len(rows) == 13
   last = found['layers'][-1]
