@@ -401,12 +401,16 @@ class _Run:
 
   def _data_dependent_start(self, state: TrainState, batches: Batches) -> TrainState:
     """Variables from the first batches (codebooks by k-means)."""
-    first = [batches(step, jax.process_index(), jax.process_count())
+    first = [self.partitioner.global_batch(batches(step, jax.process_index(), jax.process_count()))
              for step in range(self.objective.start_batches(batches.batch_size))]
-    batch = self.partitioner.global_batch({name: np.concatenate([b[name] for b in first]) for name in first[0]})
-    start = jax.jit(lambda s, b, key: states.started(self.objective, self.skeleton, s, b, key),
-                    out_shardings=self.shardings)
-    return start(state, batch, jax.random.fold_in(self.init_key, 1))
+
+    def start(state, first, key):
+      # Batch after batch, not process after process: the order of rows is that of one process.
+      batch = {name: jnp.concatenate([batch[name] for batch in first]) for name in first[0]}
+      return states.started(self.objective, self.skeleton, state, batch, key)
+
+    start = jax.jit(start, out_shardings=self.shardings)
+    return start(state, first, jax.random.fold_in(self.init_key, 1))
 
 
 def _of_one_device(state: TrainState) -> TrainState:
